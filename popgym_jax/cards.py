@@ -1,0 +1,77 @@
+"""Playing cards as integers: the facts that every card environment shares.
+
+A stack of D decks holds the card ids 0 .. 52 D - 1. Deck after deck runs through its ranks, ace
+first and king last, and every rank through the suits spades, diamonds, clubs, hearts; the colour
+is black, red, black, red. All functions take one environment and are meant for `jax.vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+DECK_SIZE = 52
+NUM_SUITS = 4
+NUM_RANKS = 13
+NUM_COLOURS = 2
+
+
+def suit(card: jax.Array) -> jax.Array:
+    """Suit of a card id: spades 0, diamonds 1, clubs 2, hearts 3. Any shape, same dtype."""
+    return card % NUM_SUITS
+
+
+def rank(card: jax.Array) -> jax.Array:
+    """Rank of a card id: ace 0, two 1, .., king 12. Any shape, same dtype."""
+    return card % DECK_SIZE // NUM_SUITS
+
+
+def colour(card: jax.Array) -> jax.Array:
+    """Colour of a card id: black 0, red 1. Any shape, same dtype."""
+    return card % NUM_COLOURS
+
+
+def full_counts(num_decks: int, num_kinds: int) -> jax.Array:
+    """How many cards of each kind (suit, rank or colour) fresh decks hold, int32 (num_kinds,)."""
+    return jnp.full(num_kinds, num_decks * DECK_SIZE // num_kinds, jnp.int32)
+
+
+def deal(key: jax.Array, remaining: jax.Array) -> jax.Array:
+    """Kind of the next card from a shuffled stack of which only the counts are known.
+
+    Where only the kind of a card matters (its suit, say), a shuffled deck need not be stored: the
+    next card is of kind i with probability remaining[i] / sum(remaining), whatever was dealt
+    before, which is the law of a uniform shuffle. That makes a reset as cheap as a step, which
+    matters because gymnax resets every environment on every step. (The remainder of a 32-bit
+    draw favours the low cards by less than 1 part in 4 million for up to 1000 cards.)
+
+    remaining: cards left of each kind, int32 (kinds,), not all zero
+    Returns the kind, int32 ().
+    """
+    last_of_kind = jnp.cumsum(remaining)  # (kinds,)
+    num_cards = last_of_kind[-1].astype(jnp.uint32)
+    card = (jax.random.bits(key) % num_cards).astype(jnp.int32)
+    return jnp.sum(card >= last_of_kind, dtype=jnp.int32)
+
+
+def without(remaining: jax.Array, kind: jax.Array) -> jax.Array:
+    """The counts after one card of that kind has gone, int32 (kinds,)."""
+    return remaining - (jnp.arange(remaining.shape[0]) == kind)
+
+
+def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
+    """Uniformly random order of all card ids, int32 (52 num_decks,).
+
+    Each position draws 32 random bits and gets its place in the order of these draws (equal draws,
+    once in 800 000 shuffles of two decks, keep their order). Counting the smaller draws takes
+    N^2 comparisons but vectorises: on CPU it is two to three times as fast as sorting up to three
+    decks; from about six decks on, sorting wins.
+    """
+    draws = jax.random.bits(key, (num_decks * DECK_SIZE,))  # (N,)
+    position = jnp.arange(draws.shape[0])
+    tie_before = (draws[None, :] == draws[:, None]) & (position[None, :] < position[:, None])
+    before = (draws[None, :] < draws[:, None]) | tie_before  # (N, N)
+    return jnp.sum(before, axis=1, dtype=jnp.int32)
+
+
+def one_hot(kind: jax.Array, num_kinds: int) -> jax.Array:
+    """1 at index `kind`, 0 elsewhere, float32 (num_kinds,)."""
+    return (jnp.arange(num_kinds) == kind).astype(jnp.float32)

@@ -1,0 +1,182 @@
+"""CartPole without velocities, exact (PositionOnlyCartPole) or noisy (NoisyPositionOnlyCartPole).
+
+All quantities in SI units: x (m), x_dot (m/s), theta (rad, 0 is upright), theta_dot (rad/s).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gymnax.environments import environment, spaces
+
+GRAVITY = 9.8
+MASS_POLE = 0.1
+MASS_TOTAL = 1.0 + MASS_POLE
+HALF_LENGTH = 0.5
+MASS_POLE_LENGTH = MASS_POLE * HALF_LENGTH
+FORCE = 10.0
+TIME_STEP = 0.02
+X_LIMIT = 2.4
+THETA_LIMIT = math.radians(12)
+RESET_RANGE = 0.05
+OBSERVATION_BOUND = np.array([2 * X_LIMIT, 2 * THETA_LIMIT], np.float32)
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """time: steps taken, int32 (); physics: x, x_dot, theta, theta_dot, float32 (4,)."""
+
+    time: jax.Array
+    physics: jax.Array
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """max_steps_in_episode: truncation, and the divisor of the reward."""
+
+    max_steps_in_episode: int = 200
+
+
+@struct.dataclass
+class NoisyEnvParams(EnvParams):
+    """noise_sigma: standard deviation of the noise on x (m) and on theta (rad)."""
+
+    noise_sigma: float = 0.1
+
+
+class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
+    """Balance the pole without seeing any velocity (Morad et al. 2023, POPGym; popgym 1.0.7).
+
+    The paper calls it Stateless CartPole. Gymnasium's CartPole-v1 physics: a cart of 1 kg, a pole
+    of 0.1 kg and half-length 0.5 m, a push of 10 N, explicit Euler steps of 0.02 s. A reset draws
+    the four state variables uniformly from [-0.05, 0.05].
+
+    Observation: x and theta, float32 (2,), not clipped; bounds 4.8 m and 0.4189 rad.
+    Action: 0 pushes left, 1 pushes right, integer ().
+    Reward: +1/max_steps_in_episode on every step, float32 ().
+    Return: episode length / max_steps_in_episode, in (0, 1]; random about 22.3 steps.
+    Episode: at most 200, 400, 600 steps for Easy, Medium, Hard.
+    End: terminated when |x| > 2.4 or |theta| > 12 degrees; truncated at max_steps_in_episode; a
+        fall on the last step is both.
+
+    Reference quirks kept: the step that ends in a fall is rewarded like any other.
+    The reference computes in float64, this environment in float32: from the same state one step
+    agrees to 1e-6, a long balanced episode drifts apart as CartPole is unstable.
+    """
+
+    def __init__(self, max_episode_length: int = 200, name: str = "PositionOnlyCartPole"):
+        self.max_episode_length = max_episode_length
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def num_actions(self) -> int:
+        return 2
+
+    @property
+    def default_params(self) -> EnvParams:
+        return EnvParams(max_steps_in_episode=self.max_episode_length)
+
+    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+        """Nearly upright and nearly at rest: observation float32 (2,) and state."""
+        key_state, key_observe = jax.random.split(key)
+        physics = jax.random.uniform(key_state, (4,), minval=-RESET_RANGE, maxval=RESET_RANGE)
+        state = EnvState(time=jnp.zeros((), jnp.int32), physics=physics)
+        return self.observe(key_observe, state, None, params), state
+
+    def step_env(
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+    ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
+        """Push for one time step: observation (2,), state, reward, terminated, {}."""
+        state = EnvState(time=state.time + 1, physics=euler_step(state.physics, action))
+        reward = jnp.float32(1.0) / params.max_steps_in_episode
+        observation = self.observe(key, state, action, params)
+        return observation, state, reward, self.is_terminated(state, params), {}
+
+    def observe(
+        self, key: jax.Array, state: EnvState, action: jax.Array | None, params: EnvParams
+    ) -> jax.Array:
+        """x and theta, float32 (2,); the key is for the noisy subclass."""
+        return state.physics[::2]
+
+    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """The cart has left the track or the pole has fallen, bool ()."""
+        x, _, theta, _ = state.physics
+        return (jnp.abs(x) > X_LIMIT) | (jnp.abs(theta) > THETA_LIMIT)
+
+    def action_space(self, params: EnvParams) -> spaces.Discrete:
+        return spaces.Discrete(2)
+
+    def observation_space(self, params: EnvParams) -> spaces.Box:
+        return spaces.Box(-OBSERVATION_BOUND, OBSERVATION_BOUND, (2,))
+
+
+class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
+    """PositionOnlyCartPole seen through Gaussian noise (Morad et al. 2023; popgym 1.0.7).
+
+    The paper calls it Noisy Stateless CartPole. As PositionOnlyCartPole, but:
+
+    Observation: x and theta, each plus its own draw from N(0, noise_sigma^2), then clipped to
+        4.8 m and 0.4189 rad, float32 (2,); at the reset and at the last step too.
+    Episode: at most 200 steps in all three; noise_sigma 0.1, 0.2, 0.3 for Easy, Medium, Hard.
+
+    The noise touches neither the physics nor the reward.
+    Reference quirks kept: metres and radians get the same sigma, so at 0.3 about one angle in six
+    is clipped.
+    """
+
+    def __init__(
+        self,
+        noise_sigma: float = 0.1,
+        max_episode_length: int = 200,
+        name: str = "NoisyPositionOnlyCartPole",
+    ):
+        super().__init__(max_episode_length, name)
+        self.noise_sigma = noise_sigma
+
+    @property
+    def default_params(self) -> NoisyEnvParams:
+        return NoisyEnvParams(
+            max_steps_in_episode=self.max_episode_length, noise_sigma=self.noise_sigma
+        )
+
+    def sample_noise(self, key: jax.Array, params: NoisyEnvParams) -> jax.Array:
+        """Noise on x and theta, float32 (2,)."""
+        return params.noise_sigma * jax.random.normal(key, (2,))
+
+    def observe(
+        self, key: jax.Array, state: EnvState, action: jax.Array | None, params: NoisyEnvParams
+    ) -> jax.Array:
+        """x and theta plus noise, clipped, float32 (2,)."""
+        noisy = state.physics[::2] + self.sample_noise(key, params)
+        return jnp.clip(noisy, -OBSERVATION_BOUND, OBSERVATION_BOUND)
+
+
+def euler_step(physics: jax.Array, action: jax.Array) -> jax.Array:
+    """One explicit Euler step of cart and pole under a push of +-FORCE.
+
+    With M the total mass, m the pole's, l its half-length and s, c = sin, cos(theta):
+
+        f          = (F + m l theta_dot^2 s) / M
+        theta_ddot = (g s - c f) / (l (4/3 - m c^2 / M))
+        x_ddot     = f - m l theta_ddot c / M
+
+    physics: x, x_dot, theta, theta_dot, float32 (4,); action: 0 or 1, integer ()
+    Returns the state TIME_STEP later, float32 (4,).
+    """
+    x, x_dot, theta, theta_dot = physics
+    push = jnp.where(action == 1, FORCE, -FORCE)
+    sin, cos = jnp.sin(theta), jnp.cos(theta)
+    f = (push + MASS_POLE_LENGTH * theta_dot**2 * sin) / MASS_TOTAL
+    theta_ddot = (GRAVITY * sin - cos * f) / (
+        HALF_LENGTH * (4 / 3 - MASS_POLE * cos**2 / MASS_TOTAL)
+    )
+    x_ddot = f - MASS_POLE_LENGTH * theta_ddot * cos / MASS_TOTAL
+    velocity = jnp.stack([x_dot, x_ddot, theta_dot, theta_ddot])
+    return physics + TIME_STEP * velocity

@@ -1,0 +1,105 @@
+"""RepeatFirst: cards go by, and the answer is always the suit of the very first one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from gymnax.environments import environment, spaces
+
+from popgym_jax import cards
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
+    target: suit of the first card, int32 ()."""
+
+    time: jax.Array
+    remaining: jax.Array
+    target: jax.Array
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
+
+    max_steps_in_episode: int = 51
+
+
+class RepeatFirst(environment.Environment[EnvState, EnvParams]):
+    """Name the suit of the first card at every step (Morad et al. 2023, POPGym; popgym 1.0.7).
+
+    N = 52 num_decks cards are dealt from a shuffled stack, one at the reset and one per step.
+
+    Observation: suit of the card just dealt, one-hot, float32 (4,).
+    Action: a suit 0..3, integer (). The answer to the reset observation already counts.
+    Reward: +1/(N-1) if the action is the suit of the first card, else -1/(N-1), float32 ().
+    Return: in [-1, 1]; perfect 1, random -0.5.
+    Episode: N-1 steps (51, 415, 831 for Easy, Medium, Hard with 1, 8, 16 decks).
+    End: terminated with the step that deals the last card; never truncated.
+
+    Reference quirks kept: nothing marks the first card, although its description promises a mark;
+    the last card is shown but there is no answer to it.
+    """
+
+    def __init__(self, num_decks: int = 1, name: str = "RepeatFirst"):
+        if num_decks < 1:
+            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
+        self.num_decks = num_decks
+        self.episode_length = num_decks * cards.DECK_SIZE - 1
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def num_actions(self) -> int:
+        return cards.NUM_SUITS
+
+    @property
+    def default_params(self) -> EnvParams:
+        return EnvParams(max_steps_in_episode=self.episode_length)
+
+    def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
+        """Suit of the next card, int32 (): the only randomness of this environment."""
+        return cards.deal(key, remaining)
+
+    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+        """Deal the first card: observation float32 (4,) and state."""
+        full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
+        suit = self.deal(key, full)
+        state = EnvState(
+            time=jnp.zeros((), jnp.int32), remaining=cards.without(full, suit), target=suit
+        )
+        return cards.one_hot(suit, cards.NUM_SUITS), state
+
+    def step_env(
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+    ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
+        """Grade the action, then deal: observation (4,), state, reward, terminated, {}."""
+        scale = jnp.float32(1 / self.episode_length)
+        reward = jnp.where(action == state.target, scale, -scale)
+        suit = self.deal(key, state.remaining)
+        state = EnvState(
+            time=state.time + 1,
+            remaining=cards.without(state.remaining, suit),
+            target=state.target,
+        )
+        observation = cards.one_hot(suit, cards.NUM_SUITS)
+        return observation, state, reward, self.is_terminated(state, params), {}
+
+    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """All cards are on the table, bool ()."""
+        return state.time >= self.episode_length
+
+    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """Never, bool ()."""
+        return jnp.zeros((), bool)
+
+    def action_space(self, params: EnvParams) -> spaces.Discrete:
+        return spaces.Discrete(cards.NUM_SUITS)
+
+    def observation_space(self, params: EnvParams) -> spaces.Box:
+        return spaces.Box(0.0, 1.0, (cards.NUM_SUITS,))

@@ -1,0 +1,122 @@
+"""RepeatPrevious: cards go by, and the answer is the suit of the card k - 1 cards ago."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from gymnax.environments import environment, spaces
+
+from popgym_jax import cards
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
+    history: suits of the last k cards, oldest first, int8 (k,), zeros before the first card."""
+
+    time: jax.Array
+    remaining: jax.Array
+    history: jax.Array
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
+
+    max_steps_in_episode: int = 51
+
+
+class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
+    """Name the suit seen k - 1 cards before this one (Morad et al. 2023, POPGym; popgym 1.0.7).
+
+    N = 52 num_decks cards are dealt from a shuffled stack, one at the reset and one per step.
+
+    Observation: suit of the card just dealt, one-hot, float32 (4,).
+    Action: a suit 0..3, integer ().
+    Reward: 0 until k cards have been dealt; from then on +1/(N-k) if the action is the suit of
+        the k-th last card (the card just dealt is the first last), else -1/(N-k), float32 ().
+    Return: in [-1, 1]; perfect 1, random -0.5.
+    Episode: N-1 steps, N-k of them graded: 51 (48), 103 (72), 155 (92) for Easy, Medium, Hard
+        with num_decks, k = 1, 4 and 2, 32 and 3, 64.
+    End: terminated with the step that deals the last card; never truncated.
+
+    Reference quirks kept: with k = 1 the answer is the card in view, so memory has to reach back
+    k - 1 observations and not k; the last card is shown but there is no answer to it.
+    """
+
+    def __init__(self, num_decks: int = 1, k: int = 4, name: str = "RepeatPrevious"):
+        num_cards = num_decks * cards.DECK_SIZE
+        if not 1 <= k < num_cards:
+            raise ValueError(f"k must be 1 to {num_cards - 1} with {num_cards} cards, got {k}")
+        self.num_decks = num_decks
+        self.k = k
+        self.episode_length = num_cards - 1
+        self.num_graded = num_cards - k
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def num_actions(self) -> int:
+        return cards.NUM_SUITS
+
+    @property
+    def default_params(self) -> EnvParams:
+        return EnvParams(max_steps_in_episode=self.episode_length)
+
+    def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
+        """Suit of the next card, int32 (): the only randomness of this environment."""
+        return cards.deal(key, remaining)
+
+    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+        """Deal the first card: observation float32 (4,) and state."""
+        full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
+        suit = self.deal(key, full)
+        state = EnvState(
+            time=jnp.zeros((), jnp.int32),
+            remaining=cards.without(full, suit),
+            history=remember(jnp.zeros(self.k, jnp.int8), suit),
+        )
+        return cards.one_hot(suit, cards.NUM_SUITS), state
+
+    def step_env(
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+    ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
+        """Grade the action, then deal: observation (4,), state, reward, terminated, {}."""
+        scale = jnp.float32(1 / self.num_graded)
+        graded = state.time + 1 >= self.k  # time + 1 cards have been dealt
+        correct = action == state.history[0]
+        reward = jnp.where(graded, jnp.where(correct, scale, -scale), 0.0)
+        suit = self.deal(key, state.remaining)
+        state = EnvState(
+            time=state.time + 1,
+            remaining=cards.without(state.remaining, suit),
+            history=remember(state.history, suit),
+        )
+        observation = cards.one_hot(suit, cards.NUM_SUITS)
+        return observation, state, reward, self.is_terminated(state, params), {}
+
+    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """All cards are on the table, bool ()."""
+        return state.time >= self.episode_length
+
+    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """Never, bool ()."""
+        return jnp.zeros((), bool)
+
+    def action_space(self, params: EnvParams) -> spaces.Discrete:
+        return spaces.Discrete(cards.NUM_SUITS)
+
+    def observation_space(self, params: EnvParams) -> spaces.Box:
+        return spaces.Box(0.0, 1.0, (cards.NUM_SUITS,))
+
+
+def remember(history: jax.Array, suit: jax.Array) -> jax.Array:
+    """Shift register: forget the oldest suit and append this one, int8 (k,).
+
+    Moving k bytes beats a ring buffer here: under vmap a ring buffer needs a gather and a scatter.
+    """
+    return jnp.concatenate([history[1:], suit[None].astype(jnp.int8)])

@@ -1,0 +1,750 @@
+"""Recurrent PPO with resettable S5 layers on POPGym, in one file.
+
+Our implementation of the POPGym experiment of Lu et al. 2023, "Structured State Space Models for In-Context
+Reinforcement Learning" (NeurIPS 2023, sections 3.1 and 4.2, appendix B).
+
+    python ppo_s5_popgym.py --env RepeatHard                     # a minute or two on 2 CPU cores
+    python ppo_s5_popgym.py --env RepeatHard --preset paper      # the paper's table, for a GPU
+
+Shapes: T time, B environments, O observation features, A actions (or action dimensions), H model width, P complex
+states of an S5 layer, S seeds; time comes first, (T, B, ...). start is 1 where an observation opens an episode.
+Departures from the paper are marked "Deviation" and listed in README.md.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen.initializers import lecun_normal, normal, orthogonal
+from gymnax.environments import spaces
+from jax import Array, lax
+from jax.scipy.stats import norm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import popgym_jax
+import s5_common as common
+
+# ---- 2. Arguments ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Args:
+    """PPO with S5 on POPGym."""
+
+    env: str = "RepeatPreviousHard"
+    """environment: a POPGym name, or the paper's (RepeatHard, StatelessCartPoleHard, ...); see --list-envs"""
+    preset: Literal["default", "paper"] = "default"
+    """flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win"""
+    arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
+    """the memory; s5-noreset leaks its state from one episode into the next (the paper's "S5 with a dot")"""
+    seed: int = 0
+    """seed of the first agent"""
+    num_seeds: int = 1
+    """independent agents trained in one program, with seeds seed, seed + 1, ..."""
+    total_timesteps: int = 3_000_000
+    """environment steps for each agent, rounded up to whole rollouts"""
+    num_envs: int = 64
+    """parallel environments B"""
+    num_steps: int = 256
+    """steps of a rollout T; gradients do not reach further back, the memory does"""
+    num_minibatches: int = 32
+    """minibatches of an epoch; each takes whole sequences of some environments"""
+    update_epochs: int = 2
+    """passes over each rollout"""
+    learning_rate: float = 1e-3
+    """Adam step size"""
+    anneal_lr: bool = True
+    """bring the step size to zero linearly over the run"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.8
+    """lambda of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """PPO's clipping range, of the probability ratio and of the value's change"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 1.0
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this global norm"""
+    normalize_rewards: bool = True
+    """divide rewards by the running root mean square of the discounted return"""
+    bootstrap_truncated: bool = True
+    """at a time limit, go on from the value of the final observation; off: a time limit is a termination"""
+    encoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the encoder, which ends in one more layer of s5-width"""
+    decoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the policy's and of the value's decoder"""
+    s5_layers: int = 2
+    """layers of S5, or of attention"""
+    s5_width: int = 128
+    """model width H, also that of the memory which takes S5's place"""
+    s5_state: int = 64
+    """complex states P of a layer, each standing for a conjugate pair"""
+    s5_dt_min: float = 0.001
+    """smallest initial time step"""
+    s5_dt_max: float = 0.1
+    """largest initial time step"""
+    s5_norm: bool = True
+    """layer normalisation before each S5 layer"""
+    attention_window: int = 128
+    """steps back that --arch attention sees"""
+    run_dir: str = ""
+    """directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME"""
+    resume: str = ""
+    """go on with the run in this directory, exactly as if it had never stopped"""
+    checkpoint_interval: int = 20
+    """updates between checkpoints"""
+    updates_per_chunk: int = 1
+    """updates in one compiled call; more saves launches on an accelerator"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    num_devices: int = 1
+    """devices to spread the environments over"""
+    distributed: bool = False
+    """join the processes of a cluster first (jax.distributed); num-devices then counts the devices of all"""
+    eval: str = ""
+    """evaluate the newest checkpoint of this run directory and stop"""
+    eval_episodes: int = 256
+    """episodes to evaluate"""
+    list_envs: bool = False
+    """print the names of all environments and stop"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of a run: the step budget rounded up to whole chunks."""
+        return math.ceil(self.total_timesteps / self.batch_size / self.updates_per_chunk) * self.updates_per_chunk
+
+    def check(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        zero_is_fine = ("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+        for name, value in vars(self).items():
+            flag = f"--{name.replace('_', '-')} {value}"
+            if type(value) is tuple and min(value, default=1) < 1:
+                raise common.UsageError(f"{flag}: must be widths of at least 1")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero_is_fine):
+                raise common.UsageError(
+                    f"{flag}: must be a number {'of at least' if name in zero_is_fine else 'above'} 0"
+                )
+            if name in ("gamma", "gae_lambda") and value > 1:
+                raise common.UsageError(f"{flag}: must be at most 1")
+        if self.num_envs % (self.num_minibatches * self.num_devices):
+            parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
+            raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
+        if self.s5_dt_min > self.s5_dt_max:
+            raise common.UsageError(f"--s5-dt-min {self.s5_dt_min}: must be at most --s5-dt-max {self.s5_dt_max}")
+        if self.arch == "attention" and self.s5_width % 8:
+            raise common.UsageError(f"--s5-width {self.s5_width}: must be a multiple of 8 with --arch attention")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # appendix B and what the released code adds to it
+    "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
+    | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
+    | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
+    | {"s5_layers": 4, "s5_width": 256, "s5_state": 128, "s5_norm": False, "checkpoint_interval": 5},
+}
+
+# ---- 3. Environment and what the agent sees of it --------------------------------------------------------------------
+
+
+def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
+    """Observation (B, O), previous action int (B,) or float (B, A), start flag (B,) -> float (B, O + A + 1).
+
+    The action is one-hot if discrete. Where start is 1 there was none and its place is zero.
+    """
+    if jnp.issubdtype(previous_action.dtype, jnp.integer):
+        previous_action = jax.nn.one_hot(previous_action, num_actions)
+    return jnp.concatenate([obs, previous_action * (1.0 - start)[:, None], start[:, None]], axis=-1)
+
+
+def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
+    """Fresh episodes: observations float (B, O) and environment states."""
+    return jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
+
+
+def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
+    """Step all environments and reset those whose episode ended.
+
+    Returns next_obs, which opens a new episode where one ended; final_obs, which closes the old one; state; reward
+    float (B,); terminated and truncated bool (B,). Resets are computed only at steps at which some episode ends.
+    """
+    step_key, reset_key = jax.random.split(key)
+    keys, env_params = jax.random.split(step_key, len(action)), setup.env_params
+    obs, state, reward, terminated, _ = jax.vmap(setup.env.step_env, (0, 0, 0, None))(keys, state, action, env_params)
+    truncated = jax.vmap(setup.env.is_truncated, (0, None))(state, env_params)
+    done = terminated | truncated
+
+    def with_resets():
+        fresh = reset_envs(setup, reset_key, len(action))
+        expand = partial(lax.expand_dims, done)
+        return jax.tree.map(lambda f, old: jnp.where(expand(range(1, old.ndim)), f, old), fresh, (obs, state))
+
+    next_obs, next_state = lax.cond(jnp.any(done), with_resets, lambda: (obs, state))
+    return next_obs, obs, next_state, reward, terminated, truncated
+
+
+# ---- 4. Network ------------------------------------------------------------------------------------------------------
+
+
+class S5Layer(nn.Module):
+    """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
+
+    x_t = (1 - start_t) Lambda_bar x_{t-1} + B_bar u_t
+    y_t = gelu(2 Re(C_tilde x_t) + D u_t)
+    out = u + (W1 y) * sigmoid(W2 y)
+
+    The parameters are real; complex ones hold their real parts, then their imaginary parts: B_tilde (H, 2P),
+    C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,). The carry x is float (B, 2P).
+    """
+
+    args: Args
+
+    def setup(self):
+        H, P = self.args.s5_width, self.args.s5_state
+        Lambda, V = common.dplr_hippo(2 * P)
+
+        def init_B(key):  # V^H B with B ~ lecun_normal
+            return common.complex_to_packed((V.conj().T @ lecun_normal()(key, (2 * P, H))).T)
+
+        def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
+            C = lecun_normal()(key, (H, 2 * P, 2))
+            return common.complex_to_packed((C[..., 0] + 1j * C[..., 1]) @ V).T
+
+        def init_log_step(key):  # time steps log-uniform
+            low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
+            return jax.random.uniform(key, (P,), minval=low, maxval=high)
+
+        self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
+        self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
+        self.B_tilde = self.param("B_tilde", init_B)
+        self.C_tilde = self.param("C_tilde", init_C)
+        self.D = self.param("D", normal(1.0), (H,))
+        self.log_step = self.param("log_step", init_log_step)
+        self.value, self.gate = nn.Dense(H), nn.Dense(H)
+        self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
+
+    def kernels(self) -> tuple[Array, Array, Array]:
+        """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
+        P = self.args.s5_state
+        # Deviation: the real part stays negative; the released code lets training push modes into growth.
+        Lambda = lax.complex(jnp.minimum(self.Lambda_re, -1e-4), self.Lambda_im)
+        B_tilde = common.packed_to_complex(self.B_tilde).T
+        Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
+        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
+
+    def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
+        """From the input u, the same normalised v, and the states x."""
+        y = nn.gelu(x @ C + self.D * v)
+        return u + self.value(y) * nn.sigmoid(self.gate(y))
+
+    def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        """u (T*B, H), time-major and flat because XLA multiplies matrices faster than stacks; start (T, B)."""
+        (Lambda_bar, B_bar, C), v = self.kernels(), self.norm(u)
+        drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
+        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
+        return x[-1], self.output(u, v, x.reshape(len(u), -1), C)
+
+    def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        """u (B, H), start (B,)."""
+        (Lambda_bar, B_bar, C), v = kernels, self.norm(u)
+        x = common.recurrence_step(Lambda_bar, carry, v @ B_bar, 1.0 - start)
+        return x, self.output(u, v, x, C)
+
+
+class S5(nn.Module):
+    """A stack of S5 layers; the carry is a tuple of theirs."""
+
+    args: Args
+
+    def setup(self):
+        self.layers = [S5Layer(self.args) for _ in range(self.args.s5_layers)]
+
+    def initial_carry(self, batch: int) -> tuple[Array, ...]:
+        return (jnp.zeros((batch, 2 * self.args.s5_state)),) * self.args.s5_layers
+
+    def kernels(self) -> tuple:
+        return tuple(layer.kernels() for layer in self.layers)
+
+    def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
+        shape, carry = x.shape, list(carry)
+        x = x.reshape(-1, shape[-1])
+        for i, layer in enumerate(self.layers):
+            carry[i], x = layer.scan(carry[i], x, start)
+        return tuple(carry), x.reshape(shape)
+
+    def step(self, kernels: tuple, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
+        carry = list(carry)
+        for i, layer in enumerate(self.layers):
+            carry[i], x = layer.step(kernels[i], carry[i], x, start)
+        return tuple(carry), x
+
+
+class Categorical(NamedTuple):
+    """Policy over discrete actions int (...)."""
+
+    logits: Array  # (..., A)
+
+    def sample(self, key: Array) -> Array:
+        return jax.random.categorical(key, self.logits)
+
+    def log_prob(self, action: Array) -> Array:
+        return jnp.take_along_axis(nn.log_softmax(self.logits), action[..., None], axis=-1)[..., 0]
+
+    def entropy(self) -> Array:
+        return -jnp.sum(nn.softmax(self.logits) * nn.log_softmax(self.logits), axis=-1)
+
+
+class Gaussian(NamedTuple):
+    """Policy over continuous actions float (..., A), the dimensions independent."""
+
+    mean: Array  # (..., A)
+    log_std: Array  # (..., A)
+
+    def sample(self, key: Array) -> Array:
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def log_prob(self, action: Array) -> Array:
+        return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(-1)
+
+    def entropy(self) -> Array:
+        return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+
+class ActorCritic(nn.Module):
+    """Encoder, memory, policy and value decoders. Lu et al. 2023, appendix B.
+
+    ``scan`` reads a sequence (T, B, .) when learning, ``step`` one time step (B, .) when acting; for the same input
+    they give the same. Both return carry, policy and value.
+    """
+
+    args: Args
+    num_actions: int
+    discrete: bool
+
+    def setup(self):
+        args, H = self.args, self.args.s5_width
+
+        def mlp(widths, gain):
+            layers = [(nn.Dense(width, kernel_init=orthogonal(gain)), nn.leaky_relu) for width in widths]
+            return [module for layer in layers for module in layer]
+
+        self.encoder = nn.Sequential(mlp((*args.encoder_layers, H), math.sqrt(2)))
+        memories = {"gru": common.GRU, "mlp": common.Memoryless}
+        if args.arch == "attention":
+            self.memory = common.Attention(H, args.s5_layers, args.attention_window)
+        else:
+            self.memory = memories[args.arch](H) if args.arch in memories else S5(args)
+        policy_head = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))
+        self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), policy_head])
+        self.critic = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(1, kernel_init=orthogonal(1.0))])
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (self.num_actions,))
+
+    def initial_carry(self, batch: int) -> Any:
+        return self.memory.initial_carry(batch)
+
+    def kernels(self) -> Any:
+        """What ``step`` can reuse for as long as the parameters stay as they are."""
+        return self.memory.kernels()
+
+    def scan(self, carry: Any, obs: Array, start: Array) -> tuple[Any, Categorical | Gaussian, Array]:
+        x = self.encoder(obs.reshape(-1, obs.shape[-1])).reshape(*start.shape, -1)
+        carry, x = self.memory.scan(carry, x, self.resets(start))
+        outputs = self.decode(x.reshape(-1, x.shape[-1]))
+        return carry, *jax.tree.map(lambda y: y.reshape(*start.shape, *y.shape[1:]), outputs)
+
+    def step(self, kernels: Any, carry: Any, obs: Array, start: Array) -> tuple[Any, Categorical | Gaussian, Array]:
+        carry, x = self.memory.step(kernels, carry, self.encoder(obs), self.resets(start))
+        return carry, *self.decode(x)
+
+    def resets(self, start: Array) -> Array:
+        return jnp.zeros_like(start) if self.args.arch == "s5-noreset" else start
+
+    def decode(self, x: Array) -> tuple[Categorical | Gaussian, Array]:
+        output, value = self.actor(x), self.critic(x)[..., 0]
+        if self.discrete:
+            return Categorical(output), value
+        return Gaussian(output, jnp.broadcast_to(self.log_std, output.shape)), value
+
+
+# ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What stays the same during a run."""
+
+    args: Args
+    env: Any
+    env_params: Any
+    network: ActorCritic
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+
+class Runner(NamedTuple):
+    """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of ``update``."""
+
+    params: Any
+    opt_state: Any
+    key: Array  # raw PRNG key: orbax cannot store typed ones
+    reward_scale: tuple[Array, Array]  # running mean square of the discounted return, number of rollouts seen
+    env_state: Any
+    obs: Array  # (B, O + A + 1), what the agent reads next
+    start: Array  # (B,), 1 where obs opens an episode
+    carry: Any  # memory before it reads obs
+    so_far: EpisodeSoFar
+
+
+class EpisodeSoFar(NamedTuple):
+    """Return, length and discounted return since the episode began, float (B,)."""
+
+    returns: Array
+    length: Array
+    discounted: Array
+
+
+class Rollout(NamedTuple):
+    """T steps of B environments; every leaf is (T, B, ...)."""
+
+    obs: Array
+    start: Array
+    action: Array
+    log_prob: Array
+    value: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    final_value: Array  # V(final observation) where truncated, else 0
+    so_far: EpisodeSoFar  # this step included
+
+
+# ---- 6. Advantages and loss ------------------------------------------------------------------------------------------
+
+
+def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) -> tuple[Array, Array]:
+    """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
+
+    V'_t    = 0 if terminated, V(final observation) if truncated, else V_{t+1}
+    delta_t = r_t + gamma V'_t - V_t
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1},    done = terminated or truncated
+
+    reward (T, B), scaled; last_value (B,). Returns advantages A and returns A + V, float (T, B).
+    """
+    done = rollout.terminated | rollout.truncated
+    terminated = rollout.terminated if args.bootstrap_truncated else done
+
+    def backward(later, step):
+        advantage, next_value = later
+        reward, value, terminated, done, final_value = step
+        next_value = jnp.where(terminated, 0.0, jnp.where(done, final_value, next_value))
+        delta = reward + args.gamma * next_value - value
+        advantage = delta + args.gamma * args.gae_lambda * (1.0 - done) * advantage
+        return (advantage, value), advantage
+
+    steps = (reward, rollout.value, terminated, done, rollout.final_value)
+    _, advantages = lax.scan(backward, (jnp.zeros_like(last_value), last_value), steps, reverse=True)
+    return advantages, advantages + rollout.value
+
+
+def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: Array, returns: Array) -> tuple:
+    """PPO's clipped loss (Schulman et al. 2017) on whole sequences, replayed from the carry stored at their start.
+
+    rho = pi(a|s) / pi_old(a|s)
+    L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy
+    L_v = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
+    """
+    args, eps = setup.args, setup.args.clip_coef
+    _, policy, value = setup.network.apply(params, carry, batch.obs, batch.start, method="scan")
+    log_ratio = policy.log_prob(batch.action) - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - eps, 1 + eps) * advantages).mean()
+    clipped_value = batch.value + jnp.clip(value - batch.value, -eps, eps)
+    value_loss = 0.5 * jnp.maximum((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
+    entropy = policy.entropy().mean()
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "approx_kl": jnp.mean(ratio - 1 - log_ratio),
+        "clip_frac": jnp.mean(jnp.abs(ratio - 1) > eps),
+        "explained_variance": 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8),
+        "ratio_error": jnp.max(jnp.abs(ratio - 1)),
+    }
+    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
+
+
+# ---- 7. Rollout and update -------------------------------------------------------------------------------------------
+
+
+def make_setup(args: Args) -> Setup:
+    """Environment, network, optimiser and devices for these flags. Raises UsageError."""
+    try:
+        env, env_params = popgym_jax.make(args.env)
+    except popgym_jax.UnknownEnvironmentError as error:
+        raise common.UsageError(f"--env {args.env}: {error}") from None
+    if args.num_devices > jax.device_count():
+        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
+    space = env.action_space(env_params)
+    discrete = isinstance(space, spaces.Discrete)
+    network = ActorCritic(args, space.n if discrete else math.prod(space.shape), discrete)
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
+    return Setup(args, env, env_params, network, optimizer, mesh)
+
+
+def init_runner(setup: Setup, seed: Array) -> Runner:
+    """Fresh parameters and environments for one seed, int32 ()."""
+    batch, network = setup.args.num_envs, setup.network
+    params_key, env_key, key = jax.random.split(jax.random.PRNGKey(seed), 3)
+    obs, env_state = reset_envs(setup, env_key, batch)
+    start, zeros = jnp.ones(batch), jnp.zeros(batch)
+    obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
+    carry = network.apply({}, batch, method="initial_carry")
+    params = network.init(params_key, carry, obs[None], start[None], method="scan")
+    so_far, scale = EpisodeSoFar(zeros, zeros, zeros), (jnp.zeros(()), jnp.zeros(()))
+    return Runner(params, setup.optimizer.init(params), key, scale, env_state, obs, start, carry, so_far)
+
+
+def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Array]:
+    """Act for T steps. Returns the runner moved on, the rollout and the value of what comes next, (B,)."""
+    args, network = setup.args, setup.network
+    zeros = jnp.zeros(args.num_envs)
+    act = partial(network.apply, runner.params, network.apply(runner.params, method="kernels"), method="step")
+    as_input = partial(agent_input, num_actions=network.num_actions)
+
+    def step(runner, key):
+        action_key, env_key = jax.random.split(key)
+        obs, start = runner.obs, runner.start
+        carry, policy, value = act(runner.carry, obs, start)
+        action = policy.sample(action_key)
+        next_obs, final_obs, env_state, reward, *ends = step_envs(setup, env_key, runner.env_state, action)
+        terminated, truncated = ends
+
+        def value_of_final():  # read with the carry from before the reset; the carry stays as it is
+            return jnp.where(truncated, act(carry, as_input(final_obs, action, zeros), zeros)[2], 0.0)
+
+        final_value = lax.cond(jnp.any(truncated) & args.bootstrap_truncated, value_of_final, lambda: zeros)
+        returns, length, discounted = runner.so_far
+        so_far = EpisodeSoFar(returns + reward, length + 1.0, args.gamma * discounted + reward)
+        log_prob = policy.log_prob(action)
+        seen = Rollout(obs, start, action, log_prob, value, reward, terminated, truncated, final_value, so_far)
+
+        start = (terminated | truncated).astype(jnp.float32)
+        runner = runner._replace(env_state=env_state, carry=carry, obs=as_input(next_obs, action, start), start=start)
+        return runner._replace(so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far)), seen
+
+    key, steps_key = jax.random.split(runner.key)
+    runner, rollout = lax.scan(step, runner, jax.random.split(steps_key, args.num_steps))
+    return runner._replace(key=key), rollout, act(runner.carry, runner.obs, runner.start)[2]
+
+
+def scale_rewards(args: Args, scale: tuple[Array, Array], rollout: Rollout) -> tuple[Array, tuple[Array, Array]]:
+    """Rewards divided by the root mean square of the discounted return, and the scale for the next rollout.
+
+    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from.
+    Deviation: the paper does not scale; rewards reach from 1/1024 to 1 between the tasks.
+    """
+    if not args.normalize_rewards:
+        return rollout.reward, scale
+    mean_square, count = scale
+    now = jnp.mean(rollout.so_far.discounted**2)
+    mean_square = jnp.where(count == 0, now, mean_square)
+    later = mean_square + jnp.maximum(1.0 / (count + 1.0), 0.05) * (now - mean_square)
+    return rollout.reward / jnp.sqrt(mean_square + 1e-8), (later, count + 1.0)
+
+
+def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+    """One rollout, then epochs of minibatches that permute environments, never time."""
+    args, first_carry = setup.args, runner.carry
+    runner, rollout, last_value = collect_rollout(setup, runner)
+    reward, reward_scale = scale_rewards(args, runner.reward_scale, rollout)
+    data = (rollout, *compute_gae(args, rollout, reward, last_value))
+
+    def minibatch_update(learner, environments):
+        params, opt_state = learner
+        batch = jax.tree.map(lambda x: x[:, environments], data)
+        if args.num_devices > 1:
+            batch = lax.with_sharding_constraint(batch, NamedSharding(setup.mesh, PartitionSpec(None, "env")))
+        carry = jax.tree.map(lambda x: x[environments], first_carry)
+        (_, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, setup, carry, *batch)
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def epoch(learner, key):
+        order = jax.random.permutation(key, args.num_envs).reshape(args.num_minibatches, -1)
+        return lax.scan(minibatch_update, learner, order)
+
+    key, epochs_key = jax.random.split(runner.key)
+    learner = (runner.params, runner.opt_state)
+    (params, opt_state), metrics = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
+    first_ratio_error = metrics.pop("ratio_error")[0, 0]
+    ended = rollout.terminated | rollout.truncated
+    metrics = {
+        "episodes": ended.sum(),
+        "return_mean": jnp.sum(rollout.so_far.returns * ended) / ended.sum(),  # NaN where none ended
+        "length_mean": jnp.sum(rollout.so_far.length * ended) / ended.sum(),
+        **jax.tree.map(jnp.mean, metrics),
+        "first_ratio_error": first_ratio_error,
+    }
+    return runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale), metrics
+
+
+def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
+    """``function`` of every seed: one after the other on a CPU, side by side on an accelerator."""
+    in_turn = args.num_seeds == 1 or jax.default_backend() == "cpu"
+    return lax.map(function, seeds) if in_turn else jax.vmap(function)(seeds)
+
+
+def compile_chunk(setup: Setup, runners: Runner) -> Any:
+    """``updates_per_chunk`` updates of every seed as one compiled call; its metrics are (S, updates_per_chunk)."""
+    args = setup.args
+
+    def chunk(runners):
+        updates = partial(lax.scan, lambda runner, _: update(setup, runner), length=args.updates_per_chunk)
+        return for_each_seed(args, updates, runners)
+
+    out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
+    return jax.jit(chunk, donate_argnums=0, out_shardings=out).lower(runners).compile()
+
+
+def placement(setup: Setup) -> Runner:
+    """Where a Runner's leaves lie: parameters and keys on every device, the environments spread over them."""
+    everywhere, over_envs = (NamedSharding(setup.mesh, PartitionSpec(*axes)) for axes in ((), (None, "env")))
+    return Runner(*[everywhere] * 4, *[over_envs] * 5)
+
+
+def init_runners(setup: Setup) -> Runner:
+    """Runners of all seeds."""
+    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds)
+    build = partial(for_each_seed, setup.args, partial(init_runner, setup))
+    return jax.jit(build, out_shardings=placement(setup))(seeds)
+
+
+# ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(setup: Setup, params: Any, key: Array) -> Array:
+    """Return of the first episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
+    args = replace(setup.args, num_envs=setup.args.eval_episodes)
+    setup = setup._replace(args=args)
+    runner = init_runner(setup, 0)._replace(params=params, key=key)
+
+    def more(loop):
+        runner, returns = loop
+        runner, rollout, _ = collect_rollout(setup, runner)
+        ended = rollout.terminated | rollout.truncated  # (T, E)
+        first = jnp.argmax(ended, axis=0)
+        latest = jnp.where(ended.any(axis=0), rollout.so_far.returns[first, jnp.arange(args.num_envs)], jnp.nan)
+        return runner, jnp.where(jnp.isnan(returns), latest, returns)
+
+    return lax.while_loop(lambda loop: jnp.any(jnp.isnan(loop[1])), more, (runner, jnp.full(args.num_envs, jnp.nan)))[1]
+
+
+def print_evaluation(args: Args) -> None:
+    """Evaluate the newest checkpoint of --eval with a fixed key; mean, standard error and quantiles for each seed."""
+    setup = make_setup(args)
+    update, runners, _ = common.RunDirectory(Path(args.eval), args).restore(init_runners(setup))
+    key = jax.random.PRNGKey(2303_03982)
+    all_returns = jax.jit(partial(lax.map, lambda params: evaluate(setup, params, key)))(runners.params)
+    for i, returns in enumerate(np.asarray(all_returns)):
+        error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
+        print(f"{args.env} seed {args.seed + i}, update {update}, {len(returns)} episodes:")
+        print(f"  mean {returns.mean():.4f}, standard error {error:.4f}, quantiles", end="")
+        print(", ".join(f" {q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0)))
+
+
+# ---- 9. Training and command line ------------------------------------------------------------------------------------
+
+
+COLUMNS = ("update", "env_steps", "seed", "episodes", "return_mean", "length_mean", "policy_loss", "value_loss")
+COLUMNS += ("entropy", "approx_kl", "clip_frac", "explained_variance", "grad_norm", "first_ratio_error")
+
+
+def train(args: Args) -> dict[str, Any]:
+    """Train as the flags say, keep the run directory, and return what is in its summary.json.
+
+    Raises UsageError for bad input, FloatingPointError if a loss is not finite, SystemExit(130 or 143) after SIGINT
+    or SIGTERM, once the update under way is finished and saved.
+    """
+    setup, U, S = make_setup(args), args.updates_per_chunk, args.num_seeds
+    stamp = f"{setup.env.name}__ppo_s5_popgym__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run = common.RunDirectory(Path(args.resume or args.run_dir or f"runs/{stamp}"), args)
+    done, runners, seconds = run.restore(init_runners(setup))
+    began = time.perf_counter() - seconds
+    if done == 0:
+        run.save(0, runners, 0.0)
+    run.open_logs(COLUMNS, done)
+
+    compiling = time.perf_counter()
+    chunk = compile_chunk(setup, runners)
+    first, warm, rate, compile_seconds = done + U, 0.0, 0.0, time.perf_counter() - compiling
+    progress = common.ProgressLine(args.num_updates * args.batch_size, done * args.batch_size)
+    with common.stop_requests() as stop:
+        while done < args.num_updates and not stop:
+            runners, metrics = chunk(runners)
+            metrics = jax.tree.map(np.asarray, metrics)
+            done += U
+            if done > first:  # the first chunk is left out
+                rate = (done - first) * args.batch_size * S / (time.perf_counter() - warm)
+            else:
+                warm = time.perf_counter()
+            for u, s in np.ndindex(U, S):
+                number = done - U + u + 1
+                row = {"update": number, "env_steps": number * args.batch_size, "seed": args.seed + s}
+                run.log(row | {name: values[s, u].item() for name, values in metrics.items()}, steps_per_second=rate)
+            progress.show(done * args.batch_size, rate, run.returns(args.seed))
+            if done % args.checkpoint_interval < U or done >= args.num_updates or stop:
+                run.save(done, runners, time.perf_counter() - began)
+    if stop:
+        print(f"stopped; go on with: python ppo_s5_popgym.py --resume {run.path}")
+        raise SystemExit(128 + stop[0])
+
+    returns = [run.returns(args.seed + s) or [math.nan] for s in range(S)]
+    final, best = [r[-1] for r in returns], [max(r) for r in returns]
+    summary = {"script": "ppo_s5_popgym", "env": setup.env.name, "arch": args.arch, "preset": args.preset}
+    summary |= {"seeds": [args.seed + s for s in range(S)], "env_steps": done * args.batch_size, "updates": done}
+    summary |= {"compile_seconds": compile_seconds, "run_seconds": time.perf_counter() - began}
+    summary |= {"steps_per_second": rate, "final_return": np.mean(final).item(), "best_return": np.mean(best).item()}
+    summary |= {"final_returns": final, "best_returns": best} | common.provenance()
+    run.finish(summary)
+    print(f"best return (MMER) {summary['best_return']:.4f}, final {summary['final_return']:.4f}: {run.path}")
+    return summary
+
+
+def main() -> int:
+    args = common.parse_args(Args, PRESETS)
+    if args.list_envs:
+        print("\n".join(popgym_jax.registered_envs))
+        return 0
+    if args.distributed:
+        common.join_cluster()
+    if args.eval:
+        print_evaluation(args)
+    else:
+        train(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_main(main))
