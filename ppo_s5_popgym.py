@@ -3,8 +3,8 @@
 Our implementation of the POPGym experiment of Lu et al. 2023, "Structured State Space Models for In-Context
 Reinforcement Learning" (NeurIPS 2023, sections 3.1 and 4.2, appendix B).
 
-    python ppo_s5_popgym.py --env RepeatHard                     # a minute or two on 2 CPU cores
-    python ppo_s5_popgym.py --env RepeatHard --preset paper      # the paper's table, for a GPU
+    python ppo_s5_popgym.py --env RepeatHard                 # two minutes on 2 CPU cores
+    python ppo_s5_popgym.py --env RepeatHard --preset paper  # the paper's table, for a GPU
 
 Shapes: T time, B environments, O observation features, A actions (or action dimensions), H model width, P complex
 states of an S5 layer, S seeds; time comes first, (T, B, ...). start is 1 where an observation opens an episode.
@@ -42,107 +42,59 @@ import s5_common as common
 class Args:
     """PPO with S5 on POPGym."""
 
-    env: str = "RepeatPreviousHard"
-    """environment: a POPGym name, or the paper's (RepeatHard, StatelessCartPoleHard, ...); see --list-envs"""
+    env: str = "RepeatPreviousHard"  # a POPGym task, also by the paper's names (RepeatHard, ...); see --list-envs
+    # flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win
     preset: Literal["default", "paper"] = "default"
-    """flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win"""
+    # the memory; s5-noreset leaks its state from one episode into the next, the paper's "S5 with a dot"
     arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
-    """the memory; s5-noreset leaks its state from one episode into the next (the paper's "S5 with a dot")"""
-    seed: int = 0
-    """seed of the first agent"""
-    num_seeds: int = 1
-    """independent agents trained in one program, with seeds seed, seed + 1, ..."""
-    total_timesteps: int = 3_000_000
-    """environment steps for each agent, rounded up to whole rollouts"""
-    num_envs: int = 64
-    """parallel environments B"""
-    num_steps: int = 256
-    """steps of a rollout T; gradients do not reach further back, the memory does"""
-    num_minibatches: int = 32
-    """minibatches of an epoch; each takes whole sequences of some environments"""
-    update_epochs: int = 2
-    """passes over each rollout"""
-    learning_rate: float = 1e-3
-    """Adam step size"""
-    anneal_lr: bool = True
-    """bring the step size to zero linearly over the run"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.8
-    """lambda of generalised advantage estimation"""
-    clip_coef: float = 0.2
-    """PPO's clipping range, of the probability ratio and of the value's change"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 1.0
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """gradients are scaled down to this global norm"""
-    normalize_rewards: bool = True
-    """divide rewards by the running root mean square of the discounted return"""
-    bootstrap_truncated: bool = True
-    """at a time limit, go on from the value of the final observation; off: a time limit is a termination"""
-    encoder_layers: tuple[int, ...] = (128,)
-    """hidden widths of the encoder, which ends in one more layer of s5-width"""
-    decoder_layers: tuple[int, ...] = (128,)
-    """hidden widths of the policy's and of the value's decoder"""
-    s5_layers: int = 2
-    """layers of S5, or of attention"""
-    s5_width: int = 128
-    """model width H, also that of the memory which takes S5's place"""
-    s5_state: int = 64
-    """complex states P of a layer, each standing for a conjugate pair"""
-    s5_dt_min: float = 0.001
-    """smallest initial time step"""
-    s5_dt_max: float = 0.1
-    """largest initial time step"""
-    s5_norm: bool = True
-    """layer normalisation before each S5 layer"""
-    attention_window: int = 128
-    """steps back that --arch attention sees"""
-    run_dir: str = ""
-    """directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME"""
-    resume: str = ""
-    """go on with the run in this directory, exactly as if it had never stopped"""
-    checkpoint_interval: int = 20
-    """updates between checkpoints"""
-    updates_per_chunk: int = 1
-    """updates in one compiled call; more saves launches on an accelerator"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    num_devices: int = 1
-    """devices to spread the environments over"""
-    distributed: bool = False
-    """join the processes of a cluster first (jax.distributed); num-devices then counts the devices of all"""
-    eval: str = ""
-    """evaluate the newest checkpoint of this run directory and stop"""
-    eval_episodes: int = 256
-    """episodes to evaluate"""
-    list_envs: bool = False
-    """print the names of all environments and stop"""
+    seed: int = 0  # seed of the first agent
+    num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
+    total_timesteps: int = 3_000_000  # environment steps for each agent, rounded up to whole rollouts
+    num_envs: int = 64  # parallel environments B
+    num_steps: int = 256  # steps of a rollout T; gradients do not reach further back, the memory does
+    num_minibatches: int = 32  # minibatches of an epoch; each takes whole sequences of some environments
+    update_epochs: int = 2  # passes over each rollout
+    learning_rate: float = 1e-3  # Adam step size
+    anneal_lr: bool = True  # bring the step size to zero linearly over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.8  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # PPO's clipping range, of the probability ratio and of the value's change
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 1.0  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradients are scaled down to this global norm
+    normalize_rewards: bool = True  # divide rewards by the running root mean square of the discounted return
+    bootstrap_truncated: bool = True  # value a time limit by its final observation; off: it counts as a termination
+    encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
+    decoder_layers: tuple[int, ...] = (128,)  # hidden widths of the policy's and of the value's decoder
+    s5_layers: int = 2  # layers of S5, or of attention
+    s5_width: int = 128  # model width H, also that of the memory which takes S5's place
+    s5_state: int = 64  # complex states P of a layer, each standing for a conjugate pair
+    s5_dt_min: float = 0.001  # smallest initial time step
+    s5_dt_max: float = 0.1  # largest initial time step
+    s5_norm: bool = True  # layer normalisation before each S5 layer
+    attention_window: int = 128  # steps back that --arch attention sees
+    run_dir: str = ""  # directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME
+    resume: str = ""  # go on with the run in this directory, exactly as if it had never stopped
+    checkpoint_interval: int = 20  # updates between checkpoints
+    track: bool = False  # also log to Weights & Biases
+    num_devices: int = 1  # devices to spread the environments over
+    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
+    eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
+    eval_episodes: int = 256  # episodes to evaluate
+    list_envs: bool = False  # print the names of all environments and stop
 
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def num_updates(self) -> int:
-        """Updates of a run: the step budget rounded up to whole chunks."""
-        return math.ceil(self.total_timesteps / self.batch_size / self.updates_per_chunk) * self.updates_per_chunk
+    batch_size = property(lambda self: self.num_envs * self.num_steps)
+    num_updates = property(lambda self: math.ceil(self.total_timesteps / self.batch_size))
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
-        zero_is_fine = ("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for name, value in vars(self).items():
-            flag = f"--{name.replace('_', '-')} {value}"
-            if type(value) is tuple and min(value, default=1) < 1:
-                raise common.UsageError(f"{flag}: must be widths of at least 1")
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in zero_is_fine):
-                raise common.UsageError(
-                    f"{flag}: must be a number {'of at least' if name in zero_is_fine else 'above'} 0"
-                )
-            if name in ("gamma", "gae_lambda") and value > 1:
-                raise common.UsageError(f"{flag}: must be at most 1")
+            low = 0 if name in ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda") else 1e-12
+            high = 1 if name in ("gamma", "gae_lambda") else 1e12
+            for number in value if isinstance(value, tuple) else [value]:
+                if type(number) in (int, float) and not low <= number <= high:
+                    allowed = ("at least 0" if low == 0 else "above 0") + (" and at most 1" if high == 1 else "")
+                    raise common.UsageError(f"--{name.replace('_', '-')} {number}: must be a number {allowed}")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
             raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
@@ -154,7 +106,6 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # appendix B and what the released code adds to it
     "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
     | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
     | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
@@ -240,6 +191,9 @@ class S5Layer(nn.Module):
         self.value, self.gate = nn.Dense(H), nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
+    def initial_carry(self, batch: int) -> Array:
+        return jnp.zeros((batch, 2 * self.args.s5_state))
+
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
@@ -256,11 +210,12 @@ class S5Layer(nn.Module):
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
     def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
-        """u (T*B, H), time-major and flat because XLA multiplies matrices faster than stacks; start (T, B)."""
-        (Lambda_bar, B_bar, C), v = self.kernels(), self.norm(u)
+        """u (T, B, H), start (T, B). Flattened to (T*B, H), as XLA multiplies matrices faster than stacks of them."""
+        (Lambda_bar, B_bar, C), shape, u = self.kernels(), u.shape, u.reshape(-1, u.shape[-1])
+        v = self.norm(u)
         drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
         x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
-        return x[-1], self.output(u, v, x.reshape(len(u), -1), C)
+        return x[-1], self.output(u, v, x.reshape(len(u), -1), C).reshape(shape)
 
     def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
         """u (B, H), start (B,)."""
@@ -269,70 +224,41 @@ class S5Layer(nn.Module):
         return x, self.output(u, v, x, C)
 
 
-class S5(nn.Module):
-    """A stack of S5 layers; the carry is a tuple of theirs."""
+class Policy(NamedTuple):
+    """Categorical over A actions if log_std is None, else A independent Gaussians."""
 
-    args: Args
-
-    def setup(self):
-        self.layers = [S5Layer(self.args) for _ in range(self.args.s5_layers)]
-
-    def initial_carry(self, batch: int) -> tuple[Array, ...]:
-        return (jnp.zeros((batch, 2 * self.args.s5_state)),) * self.args.s5_layers
-
-    def kernels(self) -> tuple:
-        return tuple(layer.kernels() for layer in self.layers)
-
-    def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
-        shape, carry = x.shape, list(carry)
-        x = x.reshape(-1, shape[-1])
-        for i, layer in enumerate(self.layers):
-            carry[i], x = layer.scan(carry[i], x, start)
-        return tuple(carry), x.reshape(shape)
-
-    def step(self, kernels: tuple, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
-        carry = list(carry)
-        for i, layer in enumerate(self.layers):
-            carry[i], x = layer.step(kernels[i], carry[i], x, start)
-        return tuple(carry), x
-
-
-class Categorical(NamedTuple):
-    """Policy over discrete actions int (...)."""
-
-    logits: Array  # (..., A)
+    mean: Array  # logits or means, (..., A)
+    log_std: Array | None  # (..., A)
 
     def sample(self, key: Array) -> Array:
-        return jax.random.categorical(key, self.logits)
-
-    def log_prob(self, action: Array) -> Array:
-        return jnp.take_along_axis(nn.log_softmax(self.logits), action[..., None], axis=-1)[..., 0]
-
-    def entropy(self) -> Array:
-        return -jnp.sum(nn.softmax(self.logits) * nn.log_softmax(self.logits), axis=-1)
-
-
-class Gaussian(NamedTuple):
-    """Policy over continuous actions float (..., A), the dimensions independent."""
-
-    mean: Array  # (..., A)
-    log_std: Array  # (..., A)
-
-    def sample(self, key: Array) -> Array:
+        if self.log_std is None:
+            return jax.random.categorical(key, self.mean)
         return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
 
     def log_prob(self, action: Array) -> Array:
-        return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(-1)
+        if self.log_std is None:
+            return jnp.take_along_axis(nn.log_softmax(self.mean), action[..., None], axis=-1)[..., 0]
+        return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
 
     def entropy(self) -> Array:
+        if self.log_std is None:
+            return -jnp.sum(nn.softmax(self.mean) * nn.log_softmax(self.mean), axis=-1)
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+
+def make_memory(args: Args) -> list[nn.Module]:
+    """The layers between encoder and decoders, all called alike: see part 2 of s5_common.py."""
+    if args.arch in ("s5", "s5-noreset"):
+        return [S5Layer(args) for _ in range(args.s5_layers)]
+    if args.arch == "attention":
+        return [common.Attention(args.s5_width, args.s5_layers, args.attention_window)]
+    return [common.GRU(args.s5_width) if args.arch == "gru" else common.Memoryless(args.s5_width)]
 
 
 class ActorCritic(nn.Module):
     """Encoder, memory, policy and value decoders. Lu et al. 2023, appendix B.
 
-    ``scan`` reads a sequence (T, B, .) when learning, ``step`` one time step (B, .) when acting; for the same input
-    they give the same. Both return carry, policy and value.
+    ``scan`` reads a sequence (T, B, .) to learn, ``step`` one time step (B, .) to act; both do the same to the same.
     """
 
     args: Args
@@ -347,41 +273,34 @@ class ActorCritic(nn.Module):
             return [module for layer in layers for module in layer]
 
         self.encoder = nn.Sequential(mlp((*args.encoder_layers, H), math.sqrt(2)))
-        memories = {"gru": common.GRU, "mlp": common.Memoryless}
-        if args.arch == "attention":
-            self.memory = common.Attention(H, args.s5_layers, args.attention_window)
-        else:
-            self.memory = memories[args.arch](H) if args.arch in memories else S5(args)
+        self.memory = make_memory(args)
         policy_head = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))
         self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), policy_head])
         self.critic = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(1, kernel_init=orthogonal(1.0))])
         self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (self.num_actions,))
 
-    def initial_carry(self, batch: int) -> Any:
-        return self.memory.initial_carry(batch)
-
-    def kernels(self) -> Any:
+    def kernels(self) -> list:
         """What ``step`` can reuse for as long as the parameters stay as they are."""
-        return self.memory.kernels()
+        return [layer.kernels() for layer in self.memory]
 
-    def scan(self, carry: Any, obs: Array, start: Array) -> tuple[Any, Categorical | Gaussian, Array]:
-        x = self.encoder(obs.reshape(-1, obs.shape[-1])).reshape(*start.shape, -1)
-        carry, x = self.memory.scan(carry, x, self.resets(start))
-        outputs = self.decode(x.reshape(-1, x.shape[-1]))
+    def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
+        flat, resets, carry = obs.reshape(-1, obs.shape[-1]), start * (self.args.arch != "s5-noreset"), list(carry)
+        x = self.encoder(flat).reshape(*start.shape, -1)
+        for i, layer in enumerate(self.memory):
+            carry[i], x = layer.scan(carry[i], x, resets)
+        outputs = self.decode(x.reshape(len(flat), -1))
         return carry, *jax.tree.map(lambda y: y.reshape(*start.shape, *y.shape[1:]), outputs)
 
-    def step(self, kernels: Any, carry: Any, obs: Array, start: Array) -> tuple[Any, Categorical | Gaussian, Array]:
-        carry, x = self.memory.step(kernels, carry, self.encoder(obs), self.resets(start))
+    def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
+        x, resets, carry = self.encoder(obs), start * (self.args.arch != "s5-noreset"), list(carry)
+        for i, layer in enumerate(self.memory):
+            carry[i], x = layer.step(kernels[i], carry[i], x, resets)
         return carry, *self.decode(x)
 
-    def resets(self, start: Array) -> Array:
-        return jnp.zeros_like(start) if self.args.arch == "s5-noreset" else start
-
-    def decode(self, x: Array) -> tuple[Categorical | Gaussian, Array]:
-        output, value = self.actor(x), self.critic(x)[..., 0]
-        if self.discrete:
-            return Categorical(output), value
-        return Gaussian(output, jnp.broadcast_to(self.log_std, output.shape)), value
+    def decode(self, x: Array) -> tuple[Policy, Array]:
+        mean = self.actor(x)
+        log_std = None if self.discrete else jnp.broadcast_to(self.log_std, mean.shape)
+        return Policy(mean, log_std), self.critic(x)[..., 0]
 
 
 # ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
@@ -409,15 +328,7 @@ class Runner(NamedTuple):
     obs: Array  # (B, O + A + 1), what the agent reads next
     start: Array  # (B,), 1 where obs opens an episode
     carry: Any  # memory before it reads obs
-    so_far: EpisodeSoFar
-
-
-class EpisodeSoFar(NamedTuple):
-    """Return, length and discounted return since the episode began, float (B,)."""
-
-    returns: Array
-    length: Array
-    discounted: Array
+    so_far: dict[str, Array]  # return, length and discounted return since the episode began, (B,)
 
 
 class Rollout(NamedTuple):
@@ -432,7 +343,7 @@ class Rollout(NamedTuple):
     terminated: Array
     truncated: Array
     final_value: Array  # V(final observation) where truncated, else 0
-    so_far: EpisodeSoFar  # this step included
+    so_far: dict[str, Array]  # as in Runner, this step included
 
 
 # ---- 6. Advantages and loss ------------------------------------------------------------------------------------------
@@ -479,15 +390,10 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
     clipped_value = batch.value + jnp.clip(value - batch.value, -eps, eps)
     value_loss = 0.5 * jnp.maximum((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
     entropy = policy.entropy().mean()
-    metrics = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
-        "approx_kl": jnp.mean(ratio - 1 - log_ratio),
-        "clip_frac": jnp.mean(jnp.abs(ratio - 1) > eps),
-        "explained_variance": 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8),
-        "ratio_error": jnp.max(jnp.abs(ratio - 1)),
-    }
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    metrics |= {"approx_kl": jnp.mean(ratio - 1 - log_ratio), "clip_frac": jnp.mean(jnp.abs(ratio - 1) > eps)}
+    metrics["explained_variance"] = 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
+    metrics["ratio_error"] = jnp.max(jnp.abs(ratio - 1))
     return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
 
 
@@ -519,9 +425,9 @@ def init_runner(setup: Setup, seed: Array) -> Runner:
     obs, env_state = reset_envs(setup, env_key, batch)
     start, zeros = jnp.ones(batch), jnp.zeros(batch)
     obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
-    carry = network.apply({}, batch, method="initial_carry")
+    carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
     params = network.init(params_key, carry, obs[None], start[None], method="scan")
-    so_far, scale = EpisodeSoFar(zeros, zeros, zeros), (jnp.zeros(()), jnp.zeros(()))
+    so_far, scale = {"return": zeros, "length": zeros, "discounted": zeros}, (jnp.zeros(()), jnp.zeros(()))
     return Runner(params, setup.optimizer.init(params), key, scale, env_state, obs, start, carry, so_far)
 
 
@@ -537,21 +443,19 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
         obs, start = runner.obs, runner.start
         carry, policy, value = act(runner.carry, obs, start)
         action = policy.sample(action_key)
-        next_obs, final_obs, env_state, reward, *ends = step_envs(setup, env_key, runner.env_state, action)
-        terminated, truncated = ends
+        transition = step_envs(setup, env_key, runner.env_state, action)
+        next_obs, final_obs, env_state, reward, terminated, truncated = transition
 
         def value_of_final():  # read with the carry from before the reset; the carry stays as it is
             return jnp.where(truncated, act(carry, as_input(final_obs, action, zeros), zeros)[2], 0.0)
 
         final_value = lax.cond(jnp.any(truncated) & args.bootstrap_truncated, value_of_final, lambda: zeros)
-        returns, length, discounted = runner.so_far
-        so_far = EpisodeSoFar(returns + reward, length + 1.0, args.gamma * discounted + reward)
-        log_prob = policy.log_prob(action)
-        seen = Rollout(obs, start, action, log_prob, value, reward, terminated, truncated, final_value, so_far)
-
+        so_far = {"return": runner.so_far["return"] + reward, "length": runner.so_far["length"] + 1.0}
+        so_far["discounted"] = args.gamma * runner.so_far["discounted"] + reward
+        step = (obs, start, action, policy.log_prob(action), value, reward, terminated, truncated, final_value, so_far)
         start = (terminated | truncated).astype(jnp.float32)
         runner = runner._replace(env_state=env_state, carry=carry, obs=as_input(next_obs, action, start), start=start)
-        return runner._replace(so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far)), seen
+        return runner._replace(so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far)), Rollout(*step)
 
     key, steps_key = jax.random.split(runner.key)
     runner, rollout = lax.scan(step, runner, jax.random.split(steps_key, args.num_steps))
@@ -567,7 +471,7 @@ def scale_rewards(args: Args, scale: tuple[Array, Array], rollout: Rollout) -> t
     if not args.normalize_rewards:
         return rollout.reward, scale
     mean_square, count = scale
-    now = jnp.mean(rollout.so_far.discounted**2)
+    now = jnp.mean(rollout.so_far["discounted"] ** 2)
     mean_square = jnp.where(count == 0, now, mean_square)
     later = mean_square + jnp.maximum(1.0 / (count + 1.0), 0.05) * (now - mean_square)
     return rollout.reward / jnp.sqrt(mean_square + 1e-8), (later, count + 1.0)
@@ -598,15 +502,10 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
     key, epochs_key = jax.random.split(runner.key)
     learner = (runner.params, runner.opt_state)
     (params, opt_state), metrics = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
-    first_ratio_error = metrics.pop("ratio_error")[0, 0]
-    ended = rollout.terminated | rollout.truncated
-    metrics = {
-        "episodes": ended.sum(),
-        "return_mean": jnp.sum(rollout.so_far.returns * ended) / ended.sum(),  # NaN where none ended
-        "length_mean": jnp.sum(rollout.so_far.length * ended) / ended.sum(),
-        **jax.tree.map(jnp.mean, metrics),
-        "first_ratio_error": first_ratio_error,
-    }
+    ended, ratio_error = rollout.terminated | rollout.truncated, metrics.pop("ratio_error")
+    metrics = jax.tree.map(jnp.mean, metrics) | {"first_ratio_error": ratio_error[0, 0], "episodes": ended.sum()}
+    for name in ("return", "length"):  # NaN where no episode ended
+        metrics[f"{name}_mean"] = jnp.sum(rollout.so_far[name] * ended) / ended.sum()
     return runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale), metrics
 
 
@@ -616,29 +515,23 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
     return lax.map(function, seeds) if in_turn else jax.vmap(function)(seeds)
 
 
-def compile_chunk(setup: Setup, runners: Runner) -> Any:
-    """``updates_per_chunk`` updates of every seed as one compiled call; its metrics are (S, updates_per_chunk)."""
-    args = setup.args
-
-    def chunk(runners):
-        updates = partial(lax.scan, lambda runner, _: update(setup, runner), length=args.updates_per_chunk)
-        return for_each_seed(args, updates, runners)
-
-    out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
-    return jax.jit(chunk, donate_argnums=0, out_shardings=out).lower(runners).compile()
-
-
 def placement(setup: Setup) -> Runner:
-    """Where a Runner's leaves lie: parameters and keys on every device, the environments spread over them."""
+    """Where a Runner's leaves lie: parameters and keys on every device, the environments spread over the devices."""
     everywhere, over_envs = (NamedSharding(setup.mesh, PartitionSpec(*axes)) for axes in ((), (None, "env")))
     return Runner(*[everywhere] * 4, *[over_envs] * 5)
 
 
 def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
-    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds)
-    build = partial(for_each_seed, setup.args, partial(init_runner, setup))
-    return jax.jit(build, out_shardings=placement(setup))(seeds)
+    init = partial(for_each_seed, setup.args, partial(init_runner, setup))
+    return jax.jit(init, out_shardings=placement(setup))(setup.args.seed + jnp.arange(setup.args.num_seeds))
+
+
+def compile_update(setup: Setup, runners: Runner) -> Any:
+    """``update`` of every seed as one compiled call; each metric comes back as float (S,)."""
+    function = partial(for_each_seed, setup.args, partial(update, setup))
+    out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
+    return jax.jit(function, donate_argnums=0, out_shardings=out).lower(runners).compile()
 
 
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
@@ -646,100 +539,77 @@ def init_runners(setup: Setup) -> Runner:
 
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
-    args = replace(setup.args, num_envs=setup.args.eval_episodes)
-    setup = setup._replace(args=args)
+    envs = jnp.arange(setup.args.eval_episodes)
+    setup = setup._replace(args=replace(setup.args, num_envs=len(envs)))
     runner = init_runner(setup, 0)._replace(params=params, key=key)
 
     def more(loop):
         runner, returns = loop
         runner, rollout, _ = collect_rollout(setup, runner)
         ended = rollout.terminated | rollout.truncated  # (T, E)
-        first = jnp.argmax(ended, axis=0)
-        latest = jnp.where(ended.any(axis=0), rollout.so_far.returns[first, jnp.arange(args.num_envs)], jnp.nan)
-        return runner, jnp.where(jnp.isnan(returns), latest, returns)
+        first = rollout.so_far["return"][jnp.argmax(ended, axis=0), envs]
+        return runner, jnp.where(jnp.isnan(returns) & ended.any(axis=0), first, returns)
 
-    return lax.while_loop(lambda loop: jnp.any(jnp.isnan(loop[1])), more, (runner, jnp.full(args.num_envs, jnp.nan)))[1]
+    return lax.while_loop(lambda loop: jnp.any(jnp.isnan(loop[1])), more, (runner, jnp.full(len(envs), jnp.nan)))[1]
 
 
 def print_evaluation(args: Args) -> None:
-    """Evaluate the newest checkpoint of --eval with a fixed key; mean, standard error and quantiles for each seed."""
+    """Evaluate the newest checkpoint of --eval with a fixed key: mean, standard error and quantiles for each seed."""
     setup = make_setup(args)
     update, runners, _ = common.RunDirectory(Path(args.eval), args).restore(init_runners(setup))
-    key = jax.random.PRNGKey(2303_03982)
-    all_returns = jax.jit(partial(lax.map, lambda params: evaluate(setup, params, key)))(runners.params)
-    for i, returns in enumerate(np.asarray(all_returns)):
+    play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))
+    for i, returns in enumerate(np.asarray(jax.jit(partial(lax.map, play))(runners.params))):
         error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
-        print(f"{args.env} seed {args.seed + i}, update {update}, {len(returns)} episodes:")
-        print(f"  mean {returns.mean():.4f}, standard error {error:.4f}, quantiles", end="")
-        print(", ".join(f" {q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0)))
+        quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
+        print(f"{args.env}, seed {args.seed + i}, update {update}, {len(returns)} episodes:")
+        print(f"  mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
 
 
-COLUMNS = ("update", "env_steps", "seed", "episodes", "return_mean", "length_mean", "policy_loss", "value_loss")
-COLUMNS += ("entropy", "approx_kl", "clip_frac", "explained_variance", "grad_norm", "first_ratio_error")
-
-
 def train(args: Args) -> dict[str, Any]:
-    """Train as the flags say, keep the run directory, and return what is in its summary.json.
+    """Train as the flags say, keep the run directory and return its summary.
 
-    Raises UsageError for bad input, FloatingPointError if a loss is not finite, SystemExit(130 or 143) after SIGINT
-    or SIGTERM, once the update under way is finished and saved.
+    Raises UsageError, FloatingPointError (a loss is not finite), and SystemExit after SIGINT or SIGTERM, once saved.
     """
-    setup, U, S = make_setup(args), args.updates_per_chunk, args.num_seeds
+    setup = make_setup(args)
     stamp = f"{setup.env.name}__ppo_s5_popgym__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = common.RunDirectory(Path(args.resume or args.run_dir or f"runs/{stamp}"), args)
     done, runners, seconds = run.restore(init_runners(setup))
-    began = time.perf_counter() - seconds
     if done == 0:
         run.save(0, runners, 0.0)
-    run.open_logs(COLUMNS, done)
-
-    compiling = time.perf_counter()
-    chunk = compile_chunk(setup, runners)
-    first, warm, rate, compile_seconds = done + U, 0.0, 0.0, time.perf_counter() - compiling
-    progress = common.ProgressLine(args.num_updates * args.batch_size, done * args.batch_size)
+    began = time.perf_counter()
+    step = compile_update(setup, runners)
+    compile_seconds = time.perf_counter() - began
+    progress = common.ProgressLine(args.num_updates, done, steps_per_update=args.batch_size * args.num_seeds)
     with common.stop_requests() as stop:
         while done < args.num_updates and not stop:
-            runners, metrics = chunk(runners)
-            metrics = jax.tree.map(np.asarray, metrics)
-            done += U
-            if done > first:  # the first chunk is left out
-                rate = (done - first) * args.batch_size * S / (time.perf_counter() - warm)
-            else:
-                warm = time.perf_counter()
-            for u, s in np.ndindex(U, S):
-                number = done - U + u + 1
-                row = {"update": number, "env_steps": number * args.batch_size, "seed": args.seed + s}
-                run.log(row | {name: values[s, u].item() for name, values in metrics.items()}, steps_per_second=rate)
-            progress.show(done * args.batch_size, rate, run.returns(args.seed))
-            if done % args.checkpoint_interval < U or done >= args.num_updates or stop:
-                run.save(done, runners, time.perf_counter() - began)
+            runners, metrics = step(runners)
+            metrics, done = jax.tree.map(np.asarray, metrics), done + 1
+            for s in range(args.num_seeds):
+                row = {"update": done, "env_steps": done * args.batch_size, "seed": args.seed + s}
+                run.log(row | {name: value[s].item() for name, value in metrics.items()}, progress.steps_per_second)
+            progress.update(run.returns(args.seed))
+            if done % args.checkpoint_interval == 0 or done == args.num_updates or stop:
+                run.save(done, runners, seconds + time.perf_counter() - began)
     if stop:
         print(f"stopped; go on with: python ppo_s5_popgym.py --resume {run.path}")
         raise SystemExit(128 + stop[0])
-
-    returns = [run.returns(args.seed + s) or [math.nan] for s in range(S)]
-    final, best = [r[-1] for r in returns], [max(r) for r in returns]
-    summary = {"script": "ppo_s5_popgym", "env": setup.env.name, "arch": args.arch, "preset": args.preset}
-    summary |= {"seeds": [args.seed + s for s in range(S)], "env_steps": done * args.batch_size, "updates": done}
-    summary |= {"compile_seconds": compile_seconds, "run_seconds": time.perf_counter() - began}
-    summary |= {"steps_per_second": rate, "final_return": np.mean(final).item(), "best_return": np.mean(best).item()}
-    summary |= {"final_returns": final, "best_returns": best} | common.provenance()
-    run.finish(summary)
+    measured = {"script": "ppo_s5_popgym", "env": setup.env.name, "updates": done, "env_steps": done * args.batch_size}
+    measured |= {"compile_seconds": compile_seconds, "run_seconds": seconds + time.perf_counter() - began}
+    summary = run.finish(measured | {"steps_per_second": progress.steps_per_second})
     print(f"best return (MMER) {summary['best_return']:.4f}, final {summary['final_return']:.4f}: {run.path}")
     return summary
 
 
 def main() -> int:
     args = common.parse_args(Args, PRESETS)
-    if args.list_envs:
-        print("\n".join(popgym_jax.registered_envs))
-        return 0
     if args.distributed:
         common.join_cluster()
-    if args.eval:
+    if args.list_envs:
+        print("\n".join(popgym_jax.registered_envs))
+    elif args.eval:
         print_evaluation(args)
     else:
         train(args)

@@ -1,35 +1,27 @@
-"""What the three scripts share and a reader may trust unread.
-
-Part 1  state-space numerics: HiPPO-LegS, its diagonalisation, zero-order hold, the resettable scan.
-Part 2  the memories that S5 is compared with: GRU, self-attention, MLP.
-Part 3  run plumbing: command line, run directory, logs, checkpoints, signals, progress.
-
-The S5 layer itself, the learners and the environment loops stand in the scripts. This module
-imports no script and no environment package.
-
-Shapes: T time, B environments, H model width, P complex states kept (half of N conjugate ones).
-Conventions: time-major (T, B, ...); ``start`` is 1 where a step opens an episode.
+"""What the three scripts share and a reader may trust unread: state-space numerics, the memories that S5 is compared
+with, run plumbing. The S5 layer, the learners and the environment loops stand in the scripts.
+Shapes: T time, B environments, H model width, P complex states (half of N real ones); time comes first, (T, B, ...).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,20 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
-from jax import lax
+from jax import Array, lax
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-Array = jax.Array
-
-# ----------------------------------------------------------------------------------------------
-# Part 1: state-space numerics
-# ----------------------------------------------------------------------------------------------
+# ---- 1. State-space numerics ----------------------------------------------------------------------------------------
 
 
 def hippo_legs(n: int) -> np.ndarray:
-    """HiPPO-LegS state matrix A, float64 (n, n). Gu et al. 2020, theorem 2.
+    """HiPPO-LegS state matrix, float64 (n, n). Gu et al. 2020, theorem 2.
 
     A[i, j] = -sqrt((2i + 1)(2j + 1)) for i > j, -(i + 1) for i = j, 0 for i < j.
     """
@@ -62,14 +50,10 @@ def hippo_legs(n: int) -> np.ndarray:
 def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS. Gu et al. 2022; Smith et al. 2023, B.1.
 
-    A = S - p pᵀ with p_i = sqrt(i + 1/2); S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with
-    Re(Lambda) = -1/2 and unitary V. The eigenvalues come in conjugate pairs; the half with positive
-    imaginary part is returned, since 2 Re(.) restores the other.
-
-    n: number of real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
+    A = S - p p^T with p_i = sqrt(i + 1/2); S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with Re(Lambda) = -1/2
+    and unitary V. Eigenvalues come in conjugate pairs; the half with positive imaginary part is returned, since 2 Re(.)
+    restores the other. n: real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
     """
-    if n % 2:
-        raise ValueError(f"the number of HiPPO states must be even, got {n}")
     p = np.sqrt(np.arange(n) + 0.5)
     normal = hippo_legs(n) + np.outer(p, p)
     frequency, vectors = np.linalg.eigh(-1j * (normal + 0.5 * np.eye(n)))
@@ -77,60 +61,39 @@ def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def discretize_zoh(Lambda: Array, B_tilde: Array, step: Array) -> tuple[Array, Array]:
-    """Zero-order hold of a diagonal system. Smith et al. 2023, section 2.
+    """Zero-order hold: Lambda_bar = exp(Lambda step), B_bar = Lambda^-1 (Lambda_bar - I) B_tilde. Smith et al. 2023, 2.
 
-    Lambda_bar = exp(Lambda step),  B_bar = Lambda^-1 (Lambda_bar - I) B_tilde
-
-    Lambda: complex (P,); B_tilde: complex (P, H); step: seconds per time step, float (P,).
-    Returns Lambda_bar complex (P,), B_bar complex (P, H).
+    Lambda: complex (P,); B_tilde: complex (P, H); step: float (P,). Returns Lambda_bar (P,), B_bar (P, H).
     """
     Lambda_bar = jnp.exp(Lambda * step)
     return Lambda_bar, ((Lambda_bar - 1) / Lambda)[:, None] * B_tilde
 
 
-class ResetElement(NamedTuple):
-    """One element e_k = (A_bar, B_bar u_k, d_k) of the resettable scan. Lu et al. 2023, section 3.1.
-
-    transition: complex (..., P); drive: complex (..., P); reset: bool (..., 1), true where step k
-    opens a new episode.
-    """
-
-    transition: Array
-    drive: Array
-    reset: Array
-
-
-def reset_operator(a: ResetElement, b: ResetElement) -> ResetElement:
-    """The resettable operator a ⊕ b, a earlier than b. Lu et al. 2023, section 3.1, appendix A.
+def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """The resettable operator a ⊕ b, a earlier than b. Lu et al. 2023, section 3.1 and appendix A.
 
         a ⊕ b = (b_A a_A, b_A a_u + b_u, a_d)   if b_d = 0
         a ⊕ b = b                               if b_d = 1
 
-    An element is the map x -> A x + u that a stretch of steps does to the state; ⊕ composes two
-    stretches. A reset means "forget what came before", so a stretch that begins with one needs
-    nothing from its left: b alone is the answer. It is associative because in (a ⊕ b) ⊕ c and in
-    a ⊕ (b ⊕ c) alike: with c_d = 1 both are c; with c_d = 0, b_d = 1 both are b ⊕ c, as b ⊕ c keeps
-    b's flag; and with neither set both compose three affine maps, keeping a's flag.
+    An element (A, u, d) is what a stretch of steps does to the state, x -> A x + u, and whether it holds a reset; for
+    one step it is e_k = (A_bar, B_bar u_k, d_k), complex (..., P) twice and bool (..., 1). A reset forgets what came
+    before, so b alone is the answer where b holds one. Associative, as (a ⊕ b) ⊕ c and a ⊕ (b ⊕ c) agree: if c_d = 1
+    both are c; else if b_d = 1 both are b ⊕ c, which keeps b's flag; else both compose three maps and keep a's flag.
 
-    Five steps with A = 1/2, drives 8 4 2 6 1 and a reset at the fourth:
-
-        step      1     2     3     4     5
-        reset     0     0     0     1     0
-        state     8     8     6     6     4      (8/2 + 4 = 8, 8/2 + 2 = 6, reset: 6, 6/2 + 1 = 4)
+    Five steps with A = 1/2 from state 0:   drive   8   4   2   6   1
+                                            reset   0   0   0   1   0
+                                            state   8   8   6   6   4    (8/2 + 4, 8/2 + 2, 6 alone, 6/2 + 1)
     """
-    return ResetElement(
-        jnp.where(b.reset, b.transition, b.transition * a.transition),
-        jnp.where(b.reset, b.drive, b.transition * a.drive + b.drive),
-        a.reset | b.reset,
-    )
+    (a_A, a_u, a_d), (b_A, b_u, b_d) = a, b
+    return jnp.where(b_d, b_A, b_A * a_A), jnp.where(b_d, b_u, b_A * a_u + b_u), a_d | b_d
 
 
 # The fast path. A reset only multiplies the transition by zero, so no third element is carried:
 #
 #     x_t = keep_t Lambda_bar x_{t-1} + B_bar u_t,      keep_t = 1 - start_t
 #
-# A complex vector of P states travels packed, as 2P floats: the real parts, then the imaginary parts.
-# So B_bar u and Re(C x) are single real matrix products.
+# A complex vector of P states travels packed, as 2P floats, the real parts and then the imaginary parts, so that
+# B_bar u and Re(C x) are single real matrix products.
 
 
 def complex_to_packed(z: Array) -> Array:
@@ -156,11 +119,8 @@ def recurrence_step(Lambda_bar: Array, x: Array, drive: Array, keep: Array) -> A
 
 
 def _scan_sequential(reverse, Lambda_bar, drive, keep, carry):
-    def body(x, drive_and_keep):
-        x = recurrence_step(Lambda_bar, x, *drive_and_keep)
-        return x, x
-
-    return lax.scan(body, carry, (drive, keep), reverse=reverse)[1]
+    step = partial(recurrence_step, Lambda_bar)
+    return lax.scan(lambda x, inputs: (step(x, *inputs),) * 2, carry, (drive, keep), reverse=reverse)[1]
 
 
 def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
@@ -176,8 +136,8 @@ def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
 def _scan(*operands, reverse=False):
     """The recurrence in the form that suits the platform it is lowered for.
 
-    A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on
-    an accelerator every iteration is a kernel launch, so there it is log2(T) parallel passes.
+    A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on an accelerator
+    every iteration is a kernel launch, so there it is log2(T) parallel passes.
     """
     sequential, parallel = partial(_scan_sequential, reverse), partial(_scan_parallel, reverse)
     return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
@@ -202,8 +162,7 @@ def _recurrence_backward(residuals, cotangent):
     """The adjoint is the same recurrence, backwards in time, with the conjugate transition:
 
     l_t = g_t + keep_{t+1} conj(Lambda_bar) l_{t+1}
-    d drive_t = l_t,   d carry = keep_0 conj(Lambda_bar) l_0
-    d Lambda_bar = sum_t keep_t conj(x_{t-1}) l_t
+    d drive_t = l_t,   d carry = keep_0 conj(Lambda_bar) l_0,   d Lambda_bar = sum_t keep_t conj(x_{t-1}) l_t
     """
     (Lambda_bar, _, keep, carry), states = residuals
     P = Lambda_bar.shape[0] // 2
@@ -221,24 +180,25 @@ def _recurrence_backward(residuals, cotangent):
 linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-# ----------------------------------------------------------------------------------------------
-# Part 2: the memories that S5 is compared with
-#
-# Every memory, S5 included, is called in the same way; where start is 1 it is zeroed before it reads.
-#   initial_carry(batch)           -> carry       every leaf has the environments B first
-#   kernels()                      -> kernels     what step can reuse while the parameters stay as they are
+# ---- 2. The memories that S5 is compared with -----------------------------------------------------------------------
+# All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed before it reads.
+#   initial_carry(batch)           -> carry       the environments B lead every leaf
+#   kernels()                      -> kernels     what step can reuse for as long as the parameters stay as they are
 #   scan(carry, x, start)          -> carry, y    learning: x and y (T, B, H), start float (T, B)
 #   step(kernels, carry, x, start) -> carry, y    acting:   x and y (B, H),    start float (B,)
-# ----------------------------------------------------------------------------------------------
 
 
 class Memory(nn.Module):
-    """Base of the memories that have nothing to prepare for ``step``."""
+    """Base of the memories that prepare nothing for ``step``, which here is a sequence of one."""
 
-    width: int
+    width: int  # H
 
     def kernels(self) -> tuple:
         return ()
+
+    def step(self, kernels: tuple, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
+        carry, y = self.scan(carry, x[None], start[None])
+        return carry, y[0]
 
 
 class Memoryless(Memory):
@@ -252,9 +212,6 @@ class Memoryless(Memory):
 
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
         return carry, nn.leaky_relu(self.dense(x))
-
-    def step(self, kernels: tuple, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
-        return self.scan(carry, x, start)
 
 
 class GRU(Memory):
@@ -276,18 +233,11 @@ class GRU(Memory):
         return self.cell(carry * (1.0 - start)[:, None], x)
 
 
-class AttentionCarry(NamedTuple):
-    """The last W steps: keys and values of each layer, float (B, W, H), oldest first; ``length`` int32 (B,)
-    says how many of them, the newest, belong to the running episode."""
-
-    cache: tuple[tuple[Array, Array], ...]
-    length: Array
-
-
 class Attention(Memory):
-    """Pre-norm transformer: causal self-attention over the last ``window`` steps of the episode, this one included.
+    """Pre-norm transformer, rotary positions (Su et al. 2021). A step attends to the last W of its episode, itself too.
 
-    Positions are rotary (Su et al. 2021).
+    Carry (cache, length): for each layer keys and values of the last W steps, float (B, W, H), oldest first; how many,
+    the newest, belong to the running episode, int32 (B,).
     """
 
     layers: int
@@ -300,9 +250,9 @@ class Attention(Memory):
         )
         self.norms = [nn.LayerNorm() for _ in range(2 * self.layers)]
 
-    def initial_carry(self, batch: int) -> AttentionCarry:
+    def initial_carry(self, batch: int) -> tuple:
         empty = jnp.zeros((batch, self.window, self.width))
-        return AttentionCarry(((empty, empty),) * self.layers, jnp.zeros(batch, jnp.int32))
+        return ((empty, empty),) * self.layers, jnp.zeros(batch, jnp.int32)
 
     def rotate(self, x: Array, position: Array) -> Array:
         """x (B, L, H) split in heads (B, L, heads, .), its feature pairs turned in proportion to position (L,)."""
@@ -312,16 +262,15 @@ class Attention(Memory):
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
-    def scan(self, carry: AttentionCarry, x: Array, start: Array) -> tuple[AttentionCarry, Array]:
+    def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
         x, start = jnp.swapaxes(x, 0, 1), jnp.swapaxes(start, 0, 1)  # (B, T, H), (B, T)
-        B, T, W = *start.shape, self.window
-        line = jnp.arange(W + T)  # the time line: first the cache, then the sequence
-        time = line[W:]
-        opened = lax.cummax(jnp.where(start > 0, time, W - carry.length[:, None]), axis=1)  # where its episode began
+        (old_cache, length), B, T, W = carry, *start.shape, self.window
+        line, time = jnp.arange(W + T), jnp.arange(W, W + T)  # the time line: the cache, then the sequence
+        opened = lax.cummax(jnp.where(start > 0, time, W - length[:, None]), axis=1)  # where its episode began
         age = time[:, None] - line
         mask = (age >= 0) & (age < W) & (line >= opened[..., None])  # (B, T, W + T)
         cache = []
-        for i, (old_keys, old_values) in enumerate(carry.cache):
+        for i, (old_keys, old_values) in enumerate(old_cache):
             q, k, v = jnp.split(self.qkv[i](self.norms[2 * i](x)), 3, axis=-1)
             k, v = jnp.concatenate([old_keys, k], axis=1), jnp.concatenate([old_values, v], axis=1)
             cache.append((k[:, T:], v[:, T:]))
@@ -329,16 +278,10 @@ class Attention(Memory):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
             x = x + self.mix[i](y.reshape(x.shape))
             x = x + self.down[i](nn.gelu(self.up[i](self.norms[2 * i + 1](x))))
-        return AttentionCarry(tuple(cache), jnp.minimum(W + T - opened[:, -1], W)), jnp.swapaxes(x, 0, 1)
-
-    def step(self, kernels: tuple, carry: AttentionCarry, x: Array, start: Array) -> tuple[AttentionCarry, Array]:
-        carry, y = self.scan(carry, x[None], start[None])
-        return carry, y[0]
+        return (tuple(cache), jnp.minimum(W + T - opened[:, -1], W)), jnp.swapaxes(x, 0, 1)
 
 
-# ----------------------------------------------------------------------------------------------
-# Part 3: run plumbing
-# ----------------------------------------------------------------------------------------------
+# ---- 3. Run plumbing ------------------------------------------------------------------------------------------------
 
 
 class UsageError(ValueError):
@@ -357,41 +300,37 @@ def run_main(main: Callable[[], int]) -> int:
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """The command line as an ``args_class``: a preset's values, then the explicit flags, which win.
 
-    With --resume or --eval the flags of that run come first, and a flag that contradicts them is
-    refused (eval_ flags excepted). Raises UsageError.
+    With --resume or --eval that run's flags come first; contradicting them, eval_ flags excepted, raises UsageError.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--resume", "--eval"):
-        early.add_argument(flag, nargs="?")
-    chosen = early.parse_known_args(argv)[0]
-    run_dir = chosen.resume or chosen.eval
-    default = load_args(args_class, Path(run_dir)) if run_dir else args_class(**presets.get(chosen.preset, {}))
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            args = tyro.cli(args_class, args=argv, default=default)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
-        raise UsageError(" ".join(lines).split("For full helptext")[0]) from None
-    if run_dir:
-        for name, stored in vars(default).items():
-            if getattr(args, name) != stored and name != "resume" and not name.startswith("eval"):
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise UsageError(f"{flag}: the run in {run_dir} was made with {stored}")
-    args.check()
-    return args
 
+    def parse(default):
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(output):
+                return tyro.cli(args_class, args=argv, default=default)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
+            raise UsageError(" ".join(lines).split("For full helptext")[0]) from None
 
-def load_args(args_class: type, run_dir: Path) -> Any:
-    """The flags that a run was made with, from its args.json. Raises UsageError."""
+    first = parse(args_class())
+    run_dir = first.resume or first.eval
+    if not run_dir:
+        args = parse(args_class(**presets[first.preset]))
+        args.check()
+        return args
     try:
-        stored = json.loads((run_dir / "args.json").read_text())["args"]
-        return args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+        stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        default = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
+    args = parse(default)
+    for name, then in vars(default).items():
+        if getattr(args, name) != then and name != "resume" and not name.startswith("eval"):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UsageError(f"{flag}: the run in {run_dir} was made with {then}")
+    return args
 
 
 def join_cluster() -> None:
@@ -407,44 +346,34 @@ def provenance() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     return {"git_commit": git, "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
 
 
 class RunDirectory:
     """One run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture and summary.
 
-    metrics.csv holds nothing that depends on the clock, so a resumed run's file equals that of a run
-    that never stopped. Of a distributed run only the first process writes the logs.
+    metrics.csv holds nothing that depends on the clock: a resumed run's equals that of a run that never stopped. Of a
+    distributed run only the first process writes the logs.
     """
 
     def __init__(self, path: Path, args: Any):
-        self.path, self.rows = path, []
+        self.path, self.rows, self.csv, self.writes = path, [], None, jax.process_index() == 0
         self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
-        self.writes, self.tracker = jax.process_index() == 0, None
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                raise UsageError("--track True: needs Weights & Biases (pip install wandb)") from None
-        opened = args.resume or args.eval
-        if path.exists() and not opened:
+        if args.track and not find_spec("wandb"):
+            raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
+        is_new = not (args.resume or args.eval)
+        if is_new and path.exists():
             raise UsageError(f"--run-dir {path}: exists; continue it with --resume {path} or choose another")
-        if self.writes and not opened:
-            draft = path.with_name(path.name + ".tmp")  # becomes the run directory once args.json is in it
-            draft.mkdir(parents=True)
-            write_json(draft / "args.json", {"args": self.args} | provenance())
+        if is_new and self.writes:
+            draft = path.with_name(path.name + ".tmp")  # becomes the run directory when its files are in it
+            (draft / "checkpoints").mkdir(parents=True)
+            (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
             draft.rename(path)
         if self.writes and args.track:
-            self.tracker = wandb.init(project="s5-in-context-rl", name=path.name, config=self.args, dir=path)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            wandb = import_module("wandb")
+            wandb.init(project="s5-in-context-rl", name=path.name, config=self.args, dir=path, sync_tensorboard=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
         self.checkpoints = ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)
 
     def save(self, update: int, state: Any, seconds: float) -> None:
@@ -453,13 +382,13 @@ class RunDirectory:
         self.checkpoints.save(update, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
 
     def restore(self, like: Any) -> tuple[int, Any, float]:
-        """The newest checkpoint: its update, its state, seconds run; (0, like, 0) if the run had not begun.
+        """Update, state and seconds of the newest checkpoint, or (0, like, 0) if the run has not begun.
 
-        like: a state with the shapes, dtypes and placement that are wanted. Raises UsageError.
+        like: a state with the wanted shapes, dtypes and placement. Raises UsageError.
         """
         update = self.checkpoints.latest_step()
         if update is None:
-            if (self.path / "metrics.csv").exists():
+            if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
                 raise UsageError(f"{self.path}: its checkpoints are missing")
             return 0, like, 0.0
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -471,78 +400,76 @@ class RunDirectory:
         for name, value in self.args.items():
             if (then := found.about["args"].get(name)) != value and not name.startswith("eval"):
                 raise UsageError(f"{self.path}: its checkpoint was made with {name} {then}, its args.json says {value}")
+        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.csv").open(newline="") as file:
+            self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
         return update, found.state, found.about["seconds"]
 
-    def open_logs(self, columns: Sequence[str], update: int) -> None:
-        """Open metrics.csv and TensorBoard, dropping what was logged after ``update``."""
-        path = self.path / "metrics.csv"
-        if update:
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
-        if self.writes:
-            self.file = path.with_suffix(".tmp").open("w", newline="")
-            self.csv = csv.DictWriter(self.file, columns)
-            self.csv.writeheader()
-            self.csv.writerows(self.rows)
-            self.file.flush()
-            path.with_suffix(".tmp").replace(path)
-            self.tensorboard = SummaryWriter(str(self.path), purge_step=update + 1 if update else None)
+    def log(self, row: dict[str, Any], steps_per_second: float) -> None:
+        """Append a row to metrics.csv, where a NaN (a mean over no episode) is an empty field, and to TensorBoard.
 
-    def log(self, row: dict[str, Any], **clock: float) -> None:
-        """Append a row to metrics.csv, a NaN (a mean over no episode) as an empty field; TensorBoard gets ``clock`` too.
-
-        Raises FloatingPointError if a loss or the gradient is not finite; the last checkpoint is from before that.
+        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before that.
         """
         for name in row:
-            if (name.endswith("_loss") or name == "grad_norm") and not math.isfinite(row[name]):
-                where = f"{name} is {row[name]} at update {row['update']}, seed {row['seed']}"
+            if not math.isfinite(row[name]) and (name.endswith("_loss") or name == "grad_norm"):
+                where = f"{name} is not finite at update {row['update']}, seed {row['seed']}"
                 raise FloatingPointError(f"{where}; the last good checkpoint is in {self.path}")
         row = {name: None if math.isnan(value) else value for name, value in row.items()}
-        self.rows.append(row)
+        if self.writes and self.csv is None:  # begin with the rows from before the restored checkpoint
+            self.file = (self.path / "metrics.tmp").open("w", newline="")
+            self.csv = csv.DictWriter(self.file, list(row))
+            self.csv.writeheader()
+            self.csv.writerows(self.rows)
+            Path(self.file.name).replace(self.path / "metrics.csv")
+            self.tensorboard = SummaryWriter(str(self.path), purge_step=row["update"] if self.rows else None)
         if self.writes:
             self.csv.writerow(row)
             self.file.flush()
-            scalars = {f"seed{row['seed']}/{k}": v for k, v in (row | clock).items() if v is not None}
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, row["update"])
-            if self.tracker:
-                self.tracker.log(scalars, step=row["update"])
+            for name, value in (row | {"steps_per_second": steps_per_second}).items():
+                if value is not None and math.isfinite(value):
+                    self.tensorboard.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
+        self.rows.append(row)
 
     def returns(self, seed: int) -> list[float]:
         """The mean returns logged so far for a seed."""
-        own = (row["return_mean"] for row in self.rows if int(row["seed"]) == seed)
+        own = [row["return_mean"] for row in self.rows if int(row["seed"]) == seed]
         return [float(value) for value in own if value not in (None, "")]
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write learning_curve.png and summary.json."""
+    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Write learning_curve.png and summary.json: what was measured, the returns, where they come from."""
+        seeds = [self.args["seed"] + s for s in range(self.args["num_seeds"])]
+        final, best = zip(*((r[-1], max(r)) for r in (self.returns(seed) or [math.nan] for seed in seeds)), strict=True)
+        summary = measured | {"arch": self.args["arch"], "preset": self.args["preset"], "seeds": seeds}
+        summary |= {"final_return": float(np.mean(final)), "best_return": float(np.mean(best))}
+        summary |= {"final_returns": final, "best_returns": best} | provenance()
         if self.writes:
             plot_learning_curves({self.path.name: self.rows}, self.path / "learning_curve.png")
-            write_json(self.path / "summary.json", summary)
+            (self.path / "summary.json").write_text(json.dumps(summary, indent=2))
+        return summary
 
 
 def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Mean episodic return against environment steps; rows of metrics.csv for each run, a line for each seed."""
+    """Mean episodic return against environment steps, a line for each seed of each run (its rows of metrics.csv)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, rows in runs.items():
         for seed in sorted({int(row["seed"]) for row in rows}):
-            points = [row for row in rows if int(row["seed"]) == seed and row["return_mean"] not in (None, "")]
-            steps, returns = [int(p["env_steps"]) for p in points], [float(p["return_mean"]) for p in points]
-            axes.plot(steps, returns, linewidth=1, label=f"{label}, seed {seed}")
+            own = [row for row in rows if int(row["seed"]) == seed and row["return_mean"] not in (None, "")]
+            points = np.array([(row["env_steps"], row["return_mean"]) for row in own], float).reshape(-1, 2)
+            axes.plot(*points.T, linewidth=1, label=f"{label}, seed {seed}")
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM for the training loop to read; a second one acts as usual."""
+    """Collects SIGINT and SIGTERM for the training loop to read; the second one stops at once."""
     received: list[int] = []
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, previous[number])
+        if len(received) > 1:
+            raise SystemExit(128 + number)
 
     previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     yield received
@@ -551,19 +478,23 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 class ProgressLine:
-    """A live tqdm bar on a terminal, elsewhere one plain line every few seconds."""
+    """Counts updates and steps per second: a live tqdm bar on a terminal, elsewhere a plain line every few seconds."""
 
-    def __init__(self, total: int, done: int, every_seconds: float = 5.0):
-        self.every, self.printed = every_seconds, 0.0
-        self.bar = tqdm(total=total, initial=done, unit=" steps", unit_scale=True, disable=not sys.stderr.isatty())
+    def __init__(self, updates: int, done: int, steps_per_update: int):
+        self.bar = tqdm(initial=done, total=updates, unit=" updates", disable=not sys.stderr.isatty())
+        self.updates, self.done, self.size, self.first, self.printed = updates, done, steps_per_update, done + 1, 0.0
+        self.steps_per_second = math.nan  # compilation and first update left out
 
-    def show(self, steps: int, steps_per_second: float, returns: Sequence[float]) -> None:
-        total = self.bar.total
-        text = f"return {returns[-1]:.3f} best {max(returns):.3f}" if returns else "no episode has ended yet"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(steps - self.bar.n)
-        elif time.monotonic() - self.printed > self.every or steps == total:
-            self.printed = time.monotonic()
-            eta = (total - steps) / max(steps_per_second, 1e-9)
-            print(f"{steps:,} of {total:,} steps  {steps_per_second:,.0f}/s  {text}  ETA {eta:.0f} s", flush=True)
+    def update(self, returns: Sequence[float]) -> None:
+        now, self.done = time.perf_counter(), self.done + 1
+        if self.done == self.first:
+            self.began = now
+        else:
+            self.steps_per_second = (self.done - self.first) * self.size / (now - self.began)
+        text = f"{self.done * self.size:,} steps, {self.steps_per_second:,.0f}/s, "
+        text += f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (now - self.printed > 5 or self.done == self.updates):
+            eta, self.printed = (self.updates - self.done) * self.size / self.steps_per_second, now
+            print(f"update {self.done} of {self.updates}: {text}, ETA {eta:.0f} s", flush=True)

@@ -1,0 +1,149 @@
+"""Helpers that several test files share: tiny flags, networks, random sequences, and the script as a process."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppo_s5_popgym as ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "ppo_s5_popgym.py"
+ARCHS = ("s5", "s5-noreset", "gru", "attention", "mlp")
+RESETTING = ("s5", "gru", "attention")  # those with a memory that an episode's start empties
+TINY: dict[str, Any] = {
+    "env": "RepeatPreviousEasy",
+    "num_envs": 8,
+    "num_steps": 16,
+    "num_minibatches": 2,
+    "encoder_layers": (16,),
+    "decoder_layers": (16,),
+    "s5_layers": 1,
+    "s5_width": 16,
+    "s5_state": 8,
+    "attention_window": 8,
+    "total_timesteps": 7680,  # 60 updates
+    "checkpoint_interval": 1,
+    "eval_episodes": 8,
+}
+
+
+def tiny_args(**flags: Any) -> ppo.Args:
+    args = ppo.Args(**TINY | flags)
+    args.check()
+    return args
+
+
+def as_flags(**flags: Any) -> list[str]:
+    """{"num_envs": 8, "anneal_lr": False} -> --num-envs 8 --no-anneal-lr."""
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def tiny_flags(**flags: Any) -> list[str]:
+    return as_flags(**TINY | flags)
+
+
+def start_script(*flags: Any, cwd: Path, **variables: str) -> subprocess.Popen:
+    """The script in a process of its own. LLVM's optimiser is off: most of a tiny run is compilation."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
+    words = [sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.Popen(
+        words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Its stdout and stderr, once it has ended with the exit code that is expected."""
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def fast_jit(function: Any, *bound: Any) -> Any:
+    """jax.jit with LLVM's optimiser off, for large programs that run for a moment only."""
+    return jax.jit(partial(function, *bound), compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Net:
+    """A small actor-critic with every parameter away from its initial value, so that no path is muted."""
+
+    features = 5
+
+    def __init__(self, arch: str, discrete: bool = True, num_actions: int = 3, **flags: Any):
+        self.args = tiny_args(arch=arch, **{"s5_layers": 2} | flags)
+        self.module = ppo.ActorCritic(self.args, num_actions, discrete)
+        obs, start = random_sequence(0, 1, 2, self.features)
+        init = fast_jit(partial(self.module.init, method="scan"))
+        params = init(jax.random.PRNGKey(0), self.initial_carry(2), obs, start)
+        leaves, tree = jax.tree.flatten(params)
+        rng = np.random.default_rng(1)
+        self.initial_params = params
+        self.params = jax.tree.unflatten(tree, [leaf + np.float32(0.2 * rng.normal(size=leaf.shape)) for leaf in leaves])
+        self.scan = fast_jit(partial(self.module.apply, method="scan"))
+        self._step = fast_jit(partial(self.module.apply, method="step"))
+        self._kernels = fast_jit(partial(self.module.apply, method="kernels"))
+
+    def initial_carry(self, batch: int) -> Any:
+        return [layer.initial_carry(batch) for layer in ppo.make_memory(self.args)]
+
+    def stored_carry(self, batch: int) -> Any:
+        """The carry in the middle of an episode."""
+        return self.scan(self.params, self.initial_carry(batch), *random_sequence(99, 24, batch, self.features, 0.1))[0]
+
+    def steps(self, carry: Any, obs: Any, start: Any) -> tuple[Any, np.ndarray]:
+        """Step by step; the carry afterwards and the outputs, stacked over time."""
+        kernels, outputs = self._kernels(self.params), []
+        for t in range(len(obs)):
+            carry, *output = self._step(self.params, kernels, carry, obs[t], start[t])
+            outputs.append(flat(output))
+        return carry, np.stack(outputs)
+
+    def outputs(self, carry: Any, obs: Any, start: Any) -> np.ndarray:
+        """Policy and value over a whole sequence, (T, B, .)."""
+        return flat(self.scan(self.params, carry, obs, start)[1:])
+
+
+def flat(outputs: Any) -> np.ndarray:
+    """Policy and value as one array (..., A + 1)."""
+    policy, value = outputs
+    return np.concatenate([*jax.tree.leaves(policy), np.asarray(value)[..., None]], axis=-1)
+
+
+def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float = 0.2) -> tuple[jax.Array, jax.Array]:
+    """Observations (T, B, O) and start flags (T, B); from 0 on in one half of the environments, not in the other."""
+    rng = np.random.default_rng(seed)
+    start = rng.random((T, B)) < reset_rate
+    start[0] = np.arange(B) % 2
+    return jnp.asarray(rng.normal(size=(T, B, features)), jnp.float32), jnp.asarray(start, jnp.float32)
+
+
+@pytest.fixture(params=ARCHS)
+def net(request: pytest.FixtureRequest) -> Net:
+    return cached_net(request.param)
+
+
+def cached_net(arch: str, **flags: Any) -> Net:
+    name = (arch, *sorted(flags.items()))
+    if name not in _nets:
+        _nets[name] = Net(arch, **flags)
+    return _nets[name]
+
+
+_nets: dict[Any, Net] = {}

@@ -1,0 +1,506 @@
+"""The learner: rollout, truncation, advantages, loss, reward scale, evaluation, and probes with known answers."""
+
+import ast
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ARCHS, ROOT, fast_jit, tiny_args
+from flax import struct
+from gymnax.environments import environment, spaces
+
+import ppo_s5_popgym as ppo
+import s5_common as common
+
+
+def short_cartpole(time_limit=12, **flags):
+    """CartPole that ends by the time limit and, less often, by a fall."""
+    flags = {"env": "PositionOnlyCartPoleEasy", "num_envs": 32, "num_steps": 50} | flags
+    setup = ppo.make_setup(tiny_args(**flags))
+    return setup._replace(env_params=setup.env_params.replace(max_steps_in_episode=time_limit))
+
+
+@pytest.fixture(scope="module")
+def cartpole():
+    """A setup, its second runner and the rollout that follows: episodes are under way at its first step."""
+    setup = short_cartpole()
+    collect = fast_jit(ppo.collect_rollout, setup)
+    runner, _, _ = collect(fast_jit(ppo.init_runner, setup)(0))
+    later, rollout, last_value = collect(runner)
+    return SimpleNamespace(setup=setup, runner=runner, later=later, rollout=rollout, last_value=last_value)
+
+
+# ---- rollout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_ratio_is_one_at_the_first_minibatch_with_resets_inside_the_rollout(arch):
+    """In the second update too, where the rollout starts from a stored carry; later minibatches do move."""
+    setup = short_cartpole(arch=arch, num_envs=8, num_steps=32, num_minibatches=2, learning_rate=0.01)
+    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(3)
+    for _ in range(3):
+        runner, metrics = update(runner)
+        assert metrics["episodes"] >= 8
+        assert metrics["first_ratio_error"] < 1e-5
+        assert metrics["approx_kl"] > 1e-7
+
+
+def test_replay_of_a_rollout_gives_the_log_probs_and_values_that_were_acted_on(cartpole):
+    setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
+    assert np.abs(jax.tree.leaves(runner.carry)[0]).max() > 0 and rollout.start[1:].sum() > 32
+    scan = fast_jit(lambda carry: setup.network.apply(runner.params, carry, rollout.obs, rollout.start, method="scan"))
+    carry, policy, value = scan(runner.carry)
+    np.testing.assert_allclose(policy.log_prob(rollout.action), rollout.log_prob, atol=1e-5)
+    np.testing.assert_allclose(value, rollout.value, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, cartpole.later.carry)
+    _, _, wrong = scan(jax.tree.map(jnp.zeros_like, runner.carry))  # the stored carry matters
+    assert np.abs(wrong - rollout.value).max() > 1e-4
+
+
+@pytest.mark.parametrize("env, actions", [("PositionOnlyCartPoleEasy", 2), ("PositionOnlyPendulumEasy", 1)])
+def test_previous_action_and_start_flag_at_every_step(env, actions, cartpole):
+    """Zeros and 1 where an episode opens, auto-resets included; elsewhere the action just taken and 0."""
+    if env == cartpole.setup.args.env:
+        first, rollout, last = cartpole.runner, cartpole.rollout, cartpole.later
+    else:
+        setup = short_cartpole(env=env, time_limit=7, num_envs=4, num_steps=30)
+        first = fast_jit(ppo.init_runner, setup)(0)
+        assert np.all(np.asarray(first.start) == 1) and np.all(np.asarray(first.obs)[:, -actions - 1 : -1] == 0)
+        last, rollout, _ = fast_jit(ppo.collect_rollout, setup)(first)
+    obs, starts = (np.concatenate([a, np.asarray(b)[None]]) for a, b in zip(rollout[:2], last[5:7], strict=True))
+    np.testing.assert_array_equal(obs[0], first.obs)
+    np.testing.assert_array_equal(starts[0], first.start)
+    ended = np.asarray(rollout.terminated | rollout.truncated)
+    assert ended.sum() > 10
+    for t, b in np.ndindex(*ended.shape):
+        previous, flag = obs[t + 1, b, -actions - 1 : -1], obs[t + 1, b, -1]
+        action = np.atleast_1d(rollout.action[t, b])
+        taken = np.eye(2)[action[0]] if actions == 2 else action
+        assert flag == starts[t + 1, b] == ended[t, b]
+        np.testing.assert_array_equal(previous, np.zeros(actions) if ended[t, b] else taken)
+
+
+def test_return_length_and_discounted_return_are_counted_within_the_episode(cartpole):
+    rollout, gamma = cartpole.rollout, cartpole.setup.args.gamma
+    so_far = jax.tree.map(np.asarray, cartpole.runner.so_far)
+    ended = np.asarray(rollout.terminated | rollout.truncated)
+    for b in range(4):
+        total, length, discounted = (so_far[name][b] for name in ("return", "length", "discounted"))
+        for t in range(len(ended)):
+            reward = float(rollout.reward[t, b])
+            total, length, discounted = total + reward, length + 1, gamma * discounted + reward
+            for name, value in (("return", total), ("length", length), ("discounted", discounted)):
+                assert rollout.so_far[name][t, b] == pytest.approx(value, abs=1e-5)
+            if ended[t, b]:
+                assert total == pytest.approx(length / 12)  # CartPole pays 1 / time limit a step
+                total = length = discounted = 0.0
+
+
+def test_truncated_steps_store_the_value_of_the_final_observation(cartpole):
+    """Recomputed by hand for one environment at a time: replay the episode up to its last step, go on from that carry
+    with the observation that the physics gives, the action just taken and no start flag."""
+    setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
+    network, params = setup.network, runner.params
+    truncated, terminated = np.asarray(rollout.truncated), np.asarray(rollout.terminated)
+    assert truncated.sum() > 20 and terminated.sum() > 5
+    assert np.all(np.asarray(rollout.final_value)[~truncated] == 0)
+    kernels = fast_jit(lambda: network.apply(params, method="kernels"))()
+    act = fast_jit(lambda *inputs: network.apply(params, kernels, *inputs, method="step"))
+    # without an auto-reset: the state before every step, rebuilt from the runner's
+    step_env = fast_jit(jax.vmap(lambda state, action: setup.env.step_env(jax.random.key(0), state, action,
+                                                                         setup.env_params)[:2]))
+    carry, env_state, known = runner.carry, runner.env_state, np.ones(setup.args.num_envs, bool)
+    checked = 0
+    for t in range(len(truncated)):
+        carry, _, value = act(carry, rollout.obs[t], rollout.start[t])
+        np.testing.assert_allclose(value, rollout.value[t], atol=1e-5)  # the stored carry was not advanced
+        final_obs, env_state = step_env(env_state, rollout.action[t])
+        previous = jax.nn.one_hot(rollout.action[t], 2)
+        closing = jnp.concatenate([final_obs, previous, jnp.zeros((len(final_obs), 1))], axis=1)
+        final_value = np.asarray(act(carry, closing, jnp.zeros(len(final_obs)))[2])
+        here = known & truncated[t]
+        np.testing.assert_allclose(np.asarray(rollout.final_value)[t][here], final_value[here], atol=1e-5)
+        checked += here.sum()
+        known &= ~(truncated[t] | terminated[t])  # where an episode has opened the physics is not known any more
+    assert checked >= 5
+
+
+def test_time_limits_are_not_valued_when_the_bootstrap_is_off():
+    setup = short_cartpole(bootstrap_truncated=False, num_envs=8, num_steps=30)
+    _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(fast_jit(ppo.init_runner, setup)(0))
+    assert rollout.truncated.sum() > 5 and np.all(np.asarray(rollout.final_value) == 0)
+
+
+# ---- advantages and loss ---------------------------------------------------------------------------------------------
+
+
+def gae_by_loops(args, reward, value, terminated, truncated, final_value, last_value):
+    """As a sum over the rest of the episode: A_t = sum_k (gamma lambda)^k delta_{t+k}."""
+    T, B = reward.shape
+    advantages = np.zeros((T, B))
+    for t, b in np.ndindex(T, B):
+        weight = 1.0
+        for k in range(t, T):
+            after = value[k + 1, b] if k + 1 < T else last_value[b]
+            if truncated[k, b]:
+                after = final_value[k, b] if args.bootstrap_truncated else 0.0
+            if terminated[k, b]:
+                after = 0.0
+            advantages[t, b] += weight * (reward[k, b] + args.gamma * after - value[k, b])
+            if terminated[k, b] or truncated[k, b]:
+                break
+            weight *= args.gamma * args.gae_lambda
+    return advantages
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.8), (0.9, 1.0), (1.0, 0.0)])
+def test_gae_equals_a_plain_sum_with_terminations_and_truncations_mixed(bootstrap, gamma, gae_lambda):
+    rng, shape = np.random.default_rng(0), (40, 6)
+    args = tiny_args(gamma=gamma, gae_lambda=gae_lambda, bootstrap_truncated=bootstrap)
+    reward, value, final_value = rng.normal(size=(3, *shape))
+    terminated, truncated = rng.random((2, *shape)) < 0.12
+    assert (terminated & truncated).any() and (truncated & ~terminated)[-1].any()
+    last_value = rng.normal(size=shape[1])
+    rollout = ppo.Rollout(*[None] * len(ppo.Rollout._fields))._replace(
+        value=jnp.asarray(value, jnp.float32),
+        terminated=jnp.asarray(terminated),
+        truncated=jnp.asarray(truncated),
+        final_value=jnp.asarray(final_value, jnp.float32),
+    )
+    got, returns = ppo.compute_gae(args, rollout, jnp.asarray(reward, jnp.float32), jnp.asarray(last_value, jnp.float32))
+    expected = gae_by_loops(args, reward, value, terminated, truncated, final_value, last_value)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    np.testing.assert_allclose(returns, expected + value, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def loss(cartpole):
+    """The loss of the fixture's rollout for some environments in some order, with parameters a little further on."""
+    setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
+    advantages, returns = ppo.compute_gae(setup.args, rollout, rollout.reward, cartpole.last_value)
+    keys = iter(jax.random.split(jax.random.PRNGKey(5), 100))
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), runner.params)
+    gradient = fast_jit(jax.value_and_grad(lambda p, *data: ppo.ppo_loss(p, setup, *data), has_aux=True))
+
+    def of(environments, carry_of=None):
+        batch = jax.tree.map(lambda x: x[:, environments], (rollout, advantages, returns))
+        carry = jax.tree.map(lambda x: x[environments if carry_of is None else carry_of], runner.carry)
+        return gradient(params, carry, *batch)
+
+    return SimpleNamespace(of=of, params=params, advantages=advantages, returns=returns)
+
+
+def test_loss_equals_the_published_formula(cartpole, loss):
+    setup, rollout, everyone = cartpole.setup, cartpole.rollout, np.arange(32)
+    (total, metrics), _ = loss.of(everyone)
+    _, policy, value = setup.network.apply(loss.params, cartpole.runner.carry, rollout.obs, rollout.start, method="scan")
+    logits, value = np.asarray(policy.mean, np.float64), np.asarray(value, np.float64)
+    log_probs = logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
+    actions, eps = np.asarray(rollout.action), setup.args.clip_coef
+    T, B = actions.shape
+    policy_terms, value_terms, clipped = [], [], 0
+    A = np.asarray(loss.advantages, np.float64)
+    A = (A - A.mean()) / A.std()
+    for t, b in np.ndindex(T, B):
+        ratio = math.exp(log_probs[t, b, actions[t, b]] - rollout.log_prob[t, b])
+        clipped += abs(ratio - 1) > eps
+        policy_terms.append(-min(ratio * A[t, b], min(max(ratio, 1 - eps), 1 + eps) * A[t, b]))
+        old, target = float(rollout.value[t, b]), float(loss.returns[t, b])
+        near = old + min(max(value[t, b] - old, -eps), eps)
+        value_terms.append(max((value[t, b] - target) ** 2, (near - target) ** 2) / 2)
+    entropy = -np.sum(np.exp(log_probs) * log_probs, axis=-1).mean()
+    assert clipped > 0
+    assert metrics["policy_loss"] == pytest.approx(np.mean(policy_terms), abs=1e-4)
+    assert metrics["value_loss"] == pytest.approx(np.mean(value_terms), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert metrics["clip_frac"] == pytest.approx(clipped / (T * B), abs=2 / (T * B))
+    args = setup.args
+    expected = np.mean(policy_terms) + args.vf_coef * np.mean(value_terms) - args.ent_coef * entropy
+    assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_loss_and_gradient_do_not_depend_on_the_order_of_the_environments(loss):
+    """Environments are exchangeable, each with its own carry; with another's carry the loss is another."""
+    order = np.random.default_rng(0).permutation(32)
+    (plain, _), plain_gradient = loss.of(np.arange(32))
+    (permuted, _), permuted_gradient = loss.of(order)
+    (wrong, _), _ = loss.of(order, carry_of=np.arange(32))
+    assert permuted == pytest.approx(plain, abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain_gradient, permuted_gradient)
+    assert abs(wrong - plain) > 1e-4
+
+
+def test_entropy_bonus_and_value_weight_reach_the_loss(cartpole):
+    setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
+    data = runner.carry, rollout, rollout.reward, rollout.reward
+    totals, metrics = {}, {}
+    for name, flags in {"plain": {}, "entropy": {"ent_coef": 0.5}, "value": {"vf_coef": 3.0}}.items():
+        other = setup._replace(args=tiny_args(**flags))
+        totals[name], metrics = ppo.ppo_loss(runner.params, other, *data)
+    assert totals["entropy"] == pytest.approx(totals["plain"] - 0.5 * metrics["entropy"], rel=1e-4)
+    assert totals["value"] == pytest.approx(totals["plain"] + 2 * metrics["value_loss"], rel=1e-4)
+
+
+def test_reward_scale_is_frozen_for_a_rollout_and_is_the_mean_of_those_before():
+    """Rollout k is divided by the root of the mean of the earlier rollouts' mean squares; the first by its own."""
+    args, rng = tiny_args(), np.random.default_rng(0)
+    scale, squares = (jnp.zeros(()), jnp.zeros(())), []
+    for k in range(8):
+        size = 10.0 ** rng.uniform(-3, 1)
+        reward, discounted = rng.normal(size=(16, 4)) * size, rng.normal(size=(16, 4)) * size
+        rollout = ppo.Rollout(*[None] * len(ppo.Rollout._fields))._replace(
+            reward=jnp.asarray(reward, jnp.float32), so_far={"discounted": jnp.asarray(discounted, jnp.float32)}
+        )
+        scaled, scale = ppo.scale_rewards(args, scale, rollout)
+        squares.append(np.mean(discounted**2))
+        divisor = math.sqrt(np.mean(squares[:k] or squares) + 1e-8)
+        np.testing.assert_allclose(scaled, reward / divisor, rtol=1e-4)
+    for _ in range(30):  # after 20 rollouts the mean forgets, at 5 % a rollout
+        _, scale = ppo.scale_rewards(args, scale, rollout)
+    old, (new, _) = float(scale[0]), ppo.scale_rewards(args, scale, rollout._replace(so_far={"discounted": jnp.ones(1)}))[1]
+    assert new == pytest.approx(0.95 * old + 0.05, rel=1e-4)
+    raw, same = ppo.scale_rewards(tiny_args(normalize_rewards=False), scale, rollout)
+    assert raw is rollout.reward and same is scale
+
+
+# ---- policies --------------------------------------------------------------------------------------------------------
+
+
+def test_categorical_log_prob_entropy_and_samples_against_scipy():
+    logits = np.random.default_rng(0).normal(size=(5, 4)) * 3
+    policy, probabilities = ppo.Policy(jnp.asarray(logits, jnp.float32), None), scipy.special.softmax(logits, axis=-1)
+    for a in range(4):
+        expected = [math.log(p[a]) for p in probabilities]
+        np.testing.assert_allclose(policy.log_prob(jnp.full(5, a)), expected, rtol=1e-4)
+    np.testing.assert_allclose(policy.entropy(), [scipy.stats.entropy(p) for p in probabilities], rtol=1e-4)
+    samples = np.asarray(jax.vmap(policy.sample)(jax.random.split(jax.random.PRNGKey(0), 20_000)))
+    for b in range(5):
+        np.testing.assert_allclose(np.bincount(samples[:, b], minlength=4) / 20_000, probabilities[b], atol=0.02)
+
+
+def test_gaussian_log_prob_entropy_and_samples_against_scipy():
+    rng = np.random.default_rng(0)
+    mean, log_std, action = rng.normal(size=(3, 5, 2))
+    policy = ppo.Policy(jnp.asarray(mean, jnp.float32), jnp.asarray(log_std, jnp.float32))
+    laws = [scipy.stats.multivariate_normal(m, np.diag(np.exp(2 * s))) for m, s in zip(mean, log_std, strict=True)]
+    log_probs = [law.logpdf(a) for law, a in zip(laws, action, strict=True)]
+    np.testing.assert_allclose(policy.log_prob(jnp.asarray(action, jnp.float32)), log_probs, rtol=1e-4)
+    np.testing.assert_allclose(policy.entropy(), [law.entropy() for law in laws], rtol=1e-4)
+    samples = np.asarray(jax.vmap(policy.sample)(jax.random.split(jax.random.PRNGKey(0), 20_000)))
+    standard = (samples - mean) / np.exp(log_std)
+    np.testing.assert_allclose(standard.mean(0), 0, atol=0.04)
+    np.testing.assert_allclose(standard.std(0), 1, atol=0.04)
+
+
+# ---- probe environments with known answers ---------------------------------------------------------------------------
+
+
+@struct.dataclass
+class ProbeState(environment.EnvState):
+    time: jax.Array
+    secret: jax.Array  # cue +-1, or the length of the episode
+
+
+@struct.dataclass
+class ProbeParams(environment.EnvParams):
+    max_steps_in_episode: int = 1_000_000
+
+
+class Probe(environment.Environment):
+    """Two actions, two observations; ``observe``, ``reward`` and ``secret`` make it a task."""
+
+    name = "Probe"
+    length = 1
+
+    def secret(self, key):
+        return jnp.zeros(())
+
+    def reward(self, state, action):
+        return jnp.ones(())
+
+    def observe(self, state):
+        return jnp.ones(2)
+
+    def reset_env(self, key, params):
+        state = ProbeState(time=jnp.zeros((), jnp.int32), secret=self.secret(key))
+        return self.observe(state), state
+
+    def step_env(self, key, state, action, params):
+        reward, state = self.reward(state, action), state.replace(time=state.time + 1)
+        return self.observe(state), state, reward, self.is_terminated(state, params), {}
+
+    def is_terminated(self, state, params):
+        return state.time >= self.length
+
+    def is_truncated(self, state, params):
+        return state.time >= params.max_steps_in_episode
+
+    def action_space(self, params):
+        return spaces.Discrete(2)
+
+
+class Recall(Probe):
+    """A cue at the first step, asked for at the second, where nothing is seen."""
+
+    length = 2
+
+    def secret(self, key):
+        return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+
+    def observe(self, state):
+        return jnp.where(state.time == 0, state.secret, 0.0) * jnp.ones(2)
+
+    def reward(self, state, action):
+        return jnp.where(state.time == 1, (2.0 * action - 1) * state.secret, 0.0)
+
+
+class Lottery(Probe):
+    """Episodes of 1 or of 41 steps, at evens; every step pays 1."""
+
+    def secret(self, key):
+        return jnp.where(jax.random.bernoulli(key), 1.0, 41.0)
+
+    def is_terminated(self, state, params):
+        return state.time >= state.secret
+
+
+def probe_setup(probe, time_limit=1_000_000, **flags):
+    """The learner on a probe; CartPole lends its two actions."""
+    flags = {"env": "PositionOnlyCartPoleEasy", "anneal_lr": False, "normalize_rewards": False} | flags
+    setup = ppo.make_setup(tiny_args(**flags))
+    return setup._replace(env=probe, env_params=ProbeParams(max_steps_in_episode=time_limit))
+
+
+def train_on(setup, updates):
+    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(0)
+    for _ in range(updates):
+        runner, metrics = update(runner)
+    return runner, metrics
+
+
+class Endless(Probe):
+    length = 2_000_000
+
+
+@pytest.mark.parametrize(
+    "probe, time_limit, bootstrap, answer",
+    [(Probe(), 1_000_000, True, 1.0), (Endless(), 1, True, 2.0), (Endless(), 1, False, 1.0)],
+    ids=["terminated", "truncated", "truncated, bootstrap off"],
+)
+def test_value_of_an_episode_of_one_step_that_pays_one(probe, time_limit, bootstrap, answer):
+    """gamma = 1/2: terminated V = 1; cut by the time limit V = 1 + V/2 = 2 (the final observation looks the same but
+    for the start flag and the previous action, so both are learnt); without bootstrap V = 1 again."""
+    flags = {"gamma": 0.5, "bootstrap_truncated": bootstrap, "learning_rate": 5e-3, "arch": "mlp"}
+    setup = probe_setup(probe, time_limit, **flags)
+    if answer == 2.0:  # the final observation must be visited to be learnt: two steps to the time limit
+        setup = setup._replace(env_params=ProbeParams(max_steps_in_episode=2))
+        runner, _ = train_on(setup, 150)
+    else:
+        runner, _ = train_on(setup, 80)
+    _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(runner)
+    np.testing.assert_allclose(rollout.value, answer, atol=0.15)
+
+
+@pytest.mark.parametrize("arch, low, high", [("s5", 0.9, 1.0), ("gru", 0.9, 1.0), ("mlp", -0.4, 0.4)])
+def test_a_cue_of_one_step_before_is_recalled_with_memory_and_not_without(arch, low, high):
+    """Return +1 if recalled, -1 if not; without memory 0 on average. Previous actions must not smuggle the cue through,
+    so none of the learners gets more than the memory gives."""
+    setup = probe_setup(Recall(), arch=arch, learning_rate=3e-3, num_envs=32, gamma=0.9)
+    runner, _ = train_on(setup, 60)
+    returns = fast_jit(ppo.evaluate, setup._replace(args=tiny_args(**vars(setup.args) | {"eval_episodes": 200})))(
+        runner.params, jax.random.PRNGKey(0)
+    )
+    assert low <= returns.mean() <= high
+
+
+def test_evaluation_counts_first_episodes_only_and_to_their_end():
+    """Episodes of 1 or 41 steps at evens: mean 21. Counting every episode that ends would favour the short ones, and
+    counting one rollout would lose the long ones (a rollout has 16 steps)."""
+    setup = probe_setup(Lottery(), arch="mlp", eval_episodes=1000)
+    params = fast_jit(ppo.init_runner, setup)(0).params
+    evaluate = fast_jit(ppo.evaluate, setup)
+    returns = np.asarray(evaluate(params, jax.random.PRNGKey(1)))
+    assert returns.shape == (1000,) and set(returns) == {1.0, 41.0}
+    assert returns.mean() == pytest.approx(21, abs=4 * 20 / math.sqrt(1000))
+    np.testing.assert_array_equal(returns, evaluate(params, jax.random.PRNGKey(1)))
+    assert np.any(returns != np.asarray(evaluate(params, jax.random.PRNGKey(2))))
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_read_somewhere():
+    """As an attribute of something called args, setup.args, self, first or the like; defining it does not count."""
+    read = set()
+    for file in ("ppo_s5_popgym.py", "s5_common.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                if base in ("args", "self", "first"):
+                    read.add(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)  # self.args["seed"]
+    assert not set(ppo.Args.__dataclass_fields__) - read
+
+
+def test_the_paper_preset_is_the_papers_table():
+    """Lu et al. 2023, appendix B, and what the released code adds."""
+    args = common.parse_args(ppo.Args, ppo.PRESETS, ["--preset", "paper"])
+    table = {
+        "preset": "paper",
+        "arch": "s5",
+        "num_envs": 64,
+        "num_steps": 1024,
+        "total_timesteps": 15_000_000,
+        "update_epochs": 30,
+        "num_minibatches": 8,
+        "learning_rate": 5e-5,
+        "anneal_lr": False,
+        "gamma": 0.99,
+        "gae_lambda": 1.0,
+        "clip_coef": 0.2,
+        "ent_coef": 0.0,
+        "vf_coef": 1.0,
+        "max_grad_norm": 0.5,
+        "encoder_layers": (128,),  # and one more of the model's width: [128, 256]
+        "decoder_layers": (128, 128),
+        "s5_layers": 4,
+        "s5_width": 256,
+        "s5_state": 128,
+        "s5_dt_min": 0.001,
+        "s5_dt_max": 0.1,
+        "s5_norm": False,
+        "normalize_rewards": False,
+        "bootstrap_truncated": False,
+    }
+    assert {name: getattr(args, name) for name in table} == table
+
+
+def test_the_papers_network_has_the_papers_layers():
+    args = ppo.Args(**ppo.PRESETS["paper"])
+    setup = ppo.make_setup(args)
+    params = jax.eval_shape(lambda: ppo.init_runner(setup, 0)).params["params"]
+    kernels = {jax.tree_util.keystr(k): leaf.shape for k, leaf in jax.tree.leaves_with_path(params) if leaf.ndim == 2}
+    features = 4 + 4 + 1  # one-hot suit, one-hot previous action, start flag
+    shapes = lambda part: [shape for name, shape in kernels.items() if name.startswith(f"['{part}']")]  # noqa: E731
+    assert shapes("encoder") == [(features, 128), (128, 256)]
+    assert shapes("actor") == [(256, 128), (128, 128), (128, 4)]
+    assert shapes("critic") == [(256, 128), (128, 128), (128, 1)]
+    assert sorted(shapes("memory_0")) == [(256, 256)] * 4 and "['memory_3']['D']" in str(jax.tree.leaves_with_path(params))
+
+
+def test_an_explicit_flag_beats_the_preset_wherever_it_stands():
+    for argv in (["--preset", "paper", "--gamma", "0.5"], ["--gamma", "0.5", "--preset", "paper"]):
+        args = common.parse_args(ppo.Args, ppo.PRESETS, argv)
+        assert (args.gamma, args.gae_lambda, args.num_steps) == (0.5, 1.0, 1024)
+    assert common.parse_args(ppo.Args, ppo.PRESETS, ["--preset", "paper", "--gae-lambda", "0.8"]).gae_lambda == 0.8
+
+
+def test_steps_are_rounded_up_to_whole_rollouts():
+    assert tiny_args(total_timesteps=129).num_updates == 2
+    assert tiny_args(total_timesteps=128).num_updates == 1
