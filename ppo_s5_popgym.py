@@ -1,7 +1,6 @@
 """Recurrent PPO with resettable S5 layers on POPGym, in one file.
 
-Our implementation of the POPGym experiment of Lu et al. 2023, "Structured State Space Models for In-Context
-Reinforcement Learning" (NeurIPS 2023, sections 3.1 and 4.2, appendix B).
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", section 4.2.
 
     python ppo_s5_popgym.py --env RepeatHard                 # two minutes on 2 CPU cores
     python ppo_s5_popgym.py --env RepeatHard --preset paper  # the paper's table, for a GPU
@@ -57,7 +56,7 @@ class Args:
     learning_rate: float = 1e-3  # Adam step size
     anneal_lr: bool = True  # bring the step size to zero linearly over the run
     gamma: float = 0.99  # discount
-    gae_lambda: float = 0.8  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.9  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range, of the probability ratio and of the value's change
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 1.0  # weight of the value loss
@@ -517,7 +516,8 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
 
 def placement(setup: Setup) -> Runner:
     """Where a Runner's leaves lie: parameters and keys on every device, the environments spread over the devices."""
-    everywhere, over_envs = (NamedSharding(setup.mesh, PartitionSpec(*axes)) for axes in ((), (None, "env")))
+    everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
+    over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
     return Runner(*[everywhere] * 4, *[over_envs] * 5)
 
 
@@ -541,7 +541,7 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
     envs = jnp.arange(setup.args.eval_episodes)
     setup = setup._replace(args=replace(setup.args, num_envs=len(envs)))
-    runner = init_runner(setup, 0)._replace(params=params, key=key)
+    runner = init_runner(setup, jnp.zeros((), int))._replace(params=params, key=key)
 
     def more(loop):
         runner, returns = loop

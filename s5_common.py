@@ -55,8 +55,7 @@ def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
     restores the other. n: real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
     """
     p = np.sqrt(np.arange(n) + 0.5)
-    normal = hippo_legs(n) + np.outer(p, p)
-    frequency, vectors = np.linalg.eigh(-1j * (normal + 0.5 * np.eye(n)))
+    frequency, vectors = np.linalg.eigh(-1j * (hippo_legs(n) + np.outer(p, p) + 0.5 * np.eye(n)))
     return -0.5 + 1j * frequency[n // 2 :], vectors[:, n // 2 :]
 
 
@@ -336,8 +335,8 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
 def join_cluster() -> None:
     """jax.distributed from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the cluster says."""
     jax.extend.backend.clear_backends()  # importing gymnax has started one
-    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    count, index = (int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    jax.distributed.initialize(num_processes=count, process_id=index)
 
 
 def provenance() -> dict[str, Any]:
@@ -358,7 +357,8 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, args: Any):
-        self.path, self.rows, self.csv, self.writes = path, [], None, jax.process_index() == 0
+        self.path, self.writes = path, jax.process_index() == 0
+        self.rows: list[dict[str, Any]] = []
         self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
         if args.track and not find_spec("wandb"):
             raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
@@ -414,7 +414,7 @@ class RunDirectory:
                 where = f"{name} is not finite at update {row['update']}, seed {row['seed']}"
                 raise FloatingPointError(f"{where}; the last good checkpoint is in {self.path}")
         row = {name: None if math.isnan(value) else value for name, value in row.items()}
-        if self.writes and self.csv is None:  # begin with the rows from before the restored checkpoint
+        if self.writes and not hasattr(self, "csv"):  # begin with the rows from before the restored checkpoint
             self.file = (self.path / "metrics.tmp").open("w", newline="")
             self.csv = csv.DictWriter(self.file, list(row))
             self.csv.writeheader()

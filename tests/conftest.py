@@ -61,9 +61,7 @@ def start_script(*flags: Any, cwd: Path, **variables: str) -> subprocess.Popen:
     """The script in a process of its own. LLVM's optimiser is off: most of a tiny run is compilation."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
     words = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.Popen(
-        words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
@@ -95,7 +93,9 @@ class Net:
         leaves, tree = jax.tree.flatten(params)
         rng = np.random.default_rng(1)
         self.initial_params = params
-        self.params = jax.tree.unflatten(tree, [leaf + np.float32(0.2 * rng.normal(size=leaf.shape)) for leaf in leaves])
+        self.params = jax.tree.unflatten(
+            tree, [leaf + np.float32(0.2 * rng.normal(size=leaf.shape)) for leaf in leaves]
+        )
         self.scan = fast_jit(partial(self.module.apply, method="scan"))
         self._step = fast_jit(partial(self.module.apply, method="step"))
         self._kernels = fast_jit(partial(self.module.apply, method="kernels"))

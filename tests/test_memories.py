@@ -85,7 +85,7 @@ def test_environments_do_not_see_each_other(net: Net):
 
 
 def dependence(net, carry, obs, start):
-    """For one environment: bool (T, T), does the output at t depend on the observation at s; bool (T,), on the carry."""
+    """One environment: bool (T, T), does the output at t depend on the observation at s; bool (T,), on the carry."""
     weight = jnp.asarray(np.random.default_rng(0).normal(size=net.module.num_actions), jnp.float32)
 
     def outputs(obs, carry):

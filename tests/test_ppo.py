@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from conftest import ARCHS, ROOT, fast_jit, tiny_args
 from flax import struct
@@ -111,8 +112,9 @@ def test_truncated_steps_store_the_value_of_the_final_observation(cartpole):
     kernels = fast_jit(lambda: network.apply(params, method="kernels"))()
     act = fast_jit(lambda *inputs: network.apply(params, kernels, *inputs, method="step"))
     # without an auto-reset: the state before every step, rebuilt from the runner's
-    step_env = fast_jit(jax.vmap(lambda state, action: setup.env.step_env(jax.random.key(0), state, action,
-                                                                         setup.env_params)[:2]))
+    step_env = fast_jit(
+        jax.vmap(lambda state, action: setup.env.step_env(jax.random.key(0), state, action, setup.env_params)[:2])
+    )
     carry, env_state, known = runner.carry, runner.env_state, np.ones(setup.args.num_envs, bool)
     checked = 0
     for t in range(len(truncated)):
@@ -172,7 +174,9 @@ def test_gae_equals_a_plain_sum_with_terminations_and_truncations_mixed(bootstra
         truncated=jnp.asarray(truncated),
         final_value=jnp.asarray(final_value, jnp.float32),
     )
-    got, returns = ppo.compute_gae(args, rollout, jnp.asarray(reward, jnp.float32), jnp.asarray(last_value, jnp.float32))
+    got, returns = ppo.compute_gae(
+        args, rollout, jnp.asarray(reward, jnp.float32), jnp.asarray(last_value, jnp.float32)
+    )
     expected = gae_by_loops(args, reward, value, terminated, truncated, final_value, last_value)
     np.testing.assert_allclose(got, expected, atol=2e-5)
     np.testing.assert_allclose(returns, expected + value, atol=2e-5)
@@ -198,7 +202,9 @@ def loss(cartpole):
 def test_loss_equals_the_published_formula(cartpole, loss):
     setup, rollout, everyone = cartpole.setup, cartpole.rollout, np.arange(32)
     (total, metrics), _ = loss.of(everyone)
-    _, policy, value = setup.network.apply(loss.params, cartpole.runner.carry, rollout.obs, rollout.start, method="scan")
+    _, policy, value = setup.network.apply(
+        loss.params, cartpole.runner.carry, rollout.obs, rollout.start, method="scan"
+    )
     logits, value = np.asarray(policy.mean, np.float64), np.asarray(value, np.float64)
     log_probs = logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
     actions, eps = np.asarray(rollout.action), setup.args.clip_coef
@@ -262,7 +268,10 @@ def test_reward_scale_is_frozen_for_a_rollout_and_is_the_mean_of_those_before():
         np.testing.assert_allclose(scaled, reward / divisor, rtol=1e-4)
     for _ in range(30):  # after 20 rollouts the mean forgets, at 5 % a rollout
         _, scale = ppo.scale_rewards(args, scale, rollout)
-    old, (new, _) = float(scale[0]), ppo.scale_rewards(args, scale, rollout._replace(so_far={"discounted": jnp.ones(1)}))[1]
+    old, (new, _) = (
+        float(scale[0]),
+        ppo.scale_rewards(args, scale, rollout._replace(so_far={"discounted": jnp.ones(1)}))[1],
+    )
     assert new == pytest.approx(0.95 * old + 0.05, rel=1e-4)
     raw, same = ppo.scale_rewards(tiny_args(normalize_rewards=False), scale, rollout)
     assert raw is rollout.reward and same is scale
@@ -491,7 +500,9 @@ def test_the_papers_network_has_the_papers_layers():
     assert shapes("encoder") == [(features, 128), (128, 256)]
     assert shapes("actor") == [(256, 128), (128, 128), (128, 4)]
     assert shapes("critic") == [(256, 128), (128, 128), (128, 1)]
-    assert sorted(shapes("memory_0")) == [(256, 256)] * 4 and "['memory_3']['D']" in str(jax.tree.leaves_with_path(params))
+    assert sorted(shapes("memory_0")) == [(256, 256)] * 4 and "['memory_3']['D']" in str(
+        jax.tree.leaves_with_path(params)
+    )
 
 
 def test_an_explicit_flag_beats_the_preset_wherever_it_stands():

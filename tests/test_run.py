@@ -1,0 +1,514 @@
+"""The command line and the run directory: what a run leaves, how it stops and goes on, and what it refuses."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, as_flags, finish, start_script, tiny_flags
+
+import ppo_s5_popgym as ppo
+import s5_common as common
+
+UPDATES = 60  # of a tiny run
+
+
+def in_process(monkeypatch, capsys, *flags):
+    """Exit code, stdout and stderr of the script's main, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["ppo_s5_popgym.py", *map(str, flags)])
+    code = common.run_main(ppo.main)
+    return code, *capsys.readouterr()
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder):
+    """Every file under a folder and what is in it."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two runs with the same flags, and what the first one printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    processes = [start_script(*tiny_flags(run_dir=name), cwd=folder) for name in ("first", "second")]
+    printed = [finish(process) for process in processes]
+    return folder, *printed[0]
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_metrics(finished):
+    folder, _, _ = finished
+    assert (folder / "first" / "metrics.csv").read_bytes() == (folder / "second" / "metrics.csv").read_bytes()
+
+
+def test_a_run_leaves_its_flags_metrics_events_checkpoints_picture_and_summary(finished):
+    run = finished[0] / "first"
+    assert list(finished[0].glob("*.tmp")) == [] and list(run.glob("*.tmp")) == []
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("events.out.tfevents.*")) and list((run / "checkpoints").glob("60"))
+    about = json.loads((run / "args.json").read_text())
+    assert about["args"]["num_envs"] == 8 and about["args"]["encoder_layers"] == [16]
+    assert {"git_commit", "device", "versions"} <= set(about)
+
+
+def test_the_summary_says_what_the_metrics_say(finished):
+    run = finished[0] / "first"
+    summary, table = json.loads((run / "summary.json").read_text()), rows(run)
+    keys = "script env arch preset seeds env_steps updates compile_seconds run_seconds steps_per_second final_return"
+    assert set(f"{keys} best_return final_returns best_returns git_commit device versions".split()) <= set(summary)
+    returns = [float(row["return_mean"]) for row in table if row["return_mean"]]
+    assert summary["final_return"] == returns[-1] and summary["best_return"] == max(returns)
+    assert summary["final_returns"] == [returns[-1]] and summary["best_returns"] == [max(returns)]
+    assert summary["updates"] == len(table) == UPDATES == int(table[-1]["update"])
+    assert summary["env_steps"] == int(table[-1]["env_steps"]) == UPDATES * 8 * 16
+    assert (summary["env"], summary["arch"], summary["seeds"]) == ("RepeatPreviousEasy", "s5", [0])
+    assert 0 < summary["compile_seconds"] < summary["run_seconds"] and summary["steps_per_second"] > 0
+
+
+def test_metrics_hold_no_nan_and_returns_only_where_an_episode_ended(finished):
+    table = rows(finished[0] / "first")
+    for row in table:
+        assert (int(row["episodes"]) == 0) == (row["return_mean"] == "") == (row["length_mean"] == "")
+        assert all(abs(float(value)) < 1e9 for name, value in row.items() if not name.endswith("_mean"))
+        assert float(row["first_ratio_error"]) < 1e-5
+    lengths = {float(row["length_mean"]) for row in table if row["length_mean"]}
+    assert lengths == {51.0}  # of every RepeatPreviousEasy episode; some rollouts of 16 steps end none
+    assert any(row["return_mean"] == "" for row in table)
+
+
+def test_progress_is_one_plain_line_at_a_time_when_not_on_a_terminal(finished):
+    _, out, err = finished
+    assert err == "" and "\r" not in out and "\x1b" not in out
+    assert out.splitlines()[-1].endswith(": first") and "7,680" in out
+
+
+def test_a_summary_of_a_run_in_which_no_episode_ended_is_still_json(tmp_path, monkeypatch, capsys):
+    """The mean over no episode has no value: null, not NaN, which strict JSON readers refuse."""
+    flags = tiny_flags(run_dir=tmp_path / "run", total_timesteps=128, arch="mlp", env="RepeatPreviousHard")
+    code, _, err = in_process(monkeypatch, capsys, *flags)
+    assert (code, err) == (0, "")
+    refuse = pytest.fail
+    json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda name: refuse(f"{name} in JSON"))
+
+
+def test_default_run_directory_names_environment_script_arch_seed_and_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = tiny_flags(env="RepeatEasy", arch="mlp", seed=5, total_timesteps=128)
+    assert in_process(monkeypatch, capsys, *flags)[0] == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"RepeatPreviousEasy__ppo_s5_popgym__mlp__s5__\d{8}-\d{6}", run.name)
+
+
+def test_seeds_in_one_program_equal_separate_runs(tmp_path):
+    flags = {"total_timesteps": 1280}
+    both = start_script(*tiny_flags(run_dir="both", seed=3, num_seeds=2, **flags), cwd=tmp_path)
+    alone = [start_script(*tiny_flags(run_dir=f"s{seed}", seed=seed, **flags), cwd=tmp_path) for seed in (3, 4)]
+    for process in (both, *alone):
+        finish(process)
+    for seed in (3, 4):
+        together = [row for row in rows(tmp_path / "both") if row["seed"] == str(seed)]
+        assert len(together) == 10
+        for got, expected in zip(together, rows(tmp_path / f"s{seed}"), strict=True):
+            for name in got:
+                assert got[name] == expected[name] or float(got[name]) == pytest.approx(float(expected[name]), abs=1e-5)
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert summary["seeds"] == [3, 4] and summary["env_steps"] == 1280
+    assert summary["final_return"] == pytest.approx(sum(summary["final_returns"]) / 2)
+
+
+# ---- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def run_until(condition, *flags, cwd):
+    """Start the script, wait until the condition holds, and hand over the process that is still running."""
+    process, deadline = start_script(*flags, cwd=cwd), time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
+def row_count(run):
+    try:
+        return len((run / "metrics.csv").read_text().splitlines()) - 1
+    except FileNotFoundError:
+        return -1
+
+
+def test_killed_at_any_moment_and_resumed_equals_never_stopped(finished, tmp_path):
+    """kill -9 as soon as the directory is there, at the first checkpoint, and twice between or in checkpoints."""
+    run = tmp_path / "run"
+    moments = [
+        run.exists,
+        lambda: any((run / "checkpoints").glob("0*")),
+        lambda: row_count(run) >= 3,
+        lambda: row_count(run) >= 20,
+    ]
+    flags = tiny_flags(run_dir=run)
+    for moment in moments:
+        process = run_until(moment, *flags, cwd=tmp_path)
+        process.kill()
+        finish(process, -signal.SIGKILL)
+        assert row_count(run) < UPDATES
+        flags = ["--resume", run]
+    finish(start_script("--resume", run, cwd=tmp_path))
+    reference = finished[0] / "first"
+    assert (run / "metrics.csv").read_bytes() == (reference / "metrics.csv").read_bytes()
+    resumed, whole = (json.loads((path / "summary.json").read_text()) for path in (run, reference))
+    for name in ("updates", "env_steps", "final_return", "best_return", "seeds"):
+        assert resumed[name] == whole[name]
+
+
+def test_interrupted_runs_exit_130_and_143_and_the_printed_command_resumes_them(finished, tmp_path):
+    run = tmp_path / "run"
+    process = run_until(lambda: row_count(run) >= 3, *tiny_flags(run_dir="run", checkpoint_interval=50), cwd=tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, 130)
+    command = out.splitlines()[-1].split("python ppo_s5_popgym.py ")[1].split()
+    assert command == ["--resume", "run"] and err == ""
+    at = row_count(run)
+    assert 3 <= at < UPDATES and (run / "checkpoints" / str(at)).exists()
+
+    process = run_until(lambda: row_count(run) >= at + 3, *command, cwd=tmp_path)
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process, 143)
+    assert "--resume run" in out.splitlines()[-1] and err == ""
+    finish(start_script(*command, cwd=tmp_path))
+    assert (run / "metrics.csv").read_bytes() == (finished[0] / "first" / "metrics.csv").read_bytes()
+
+
+def test_interrupted_while_compiling_exits_130_without_a_traceback(tmp_path):
+    run = tmp_path / "run"
+    process = run_until((run / "checkpoints" / "0").exists, *tiny_flags(run_dir="run"), cwd=tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, 130)
+    assert "Traceback" not in err and "--resume run" in out
+
+
+def test_a_finished_run_resumed_changes_no_metric(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0] / "first", run)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = in_process(monkeypatch, capsys, "--resume", run)
+    assert (code, err) == (0, "")
+    assert (run / "metrics.csv").read_bytes() == (finished[0] / "first" / "metrics.csv").read_bytes()
+    for name in ("final_return", "best_return", "updates", "env_steps"):
+        then, now = (json.loads((path / "summary.json").read_text()) for path in (finished[0] / "first", run))
+        assert now[name] == then[name]
+
+
+def truncate_newest_checkpoint(run):
+    largest = max((run / "checkpoints" / "60" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def remove_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def empty_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+
+
+def remove_the_state(run):
+    shutil.rmtree(run / "checkpoints" / "60" / "state")
+
+
+def edit_the_flags(run):
+    about = json.loads((run / "args.json").read_text())
+    about["args"]["learning_rate"] = 0.5
+    (run / "args.json").write_text(json.dumps(about))
+
+
+def edit_the_width(run):
+    about = json.loads((run / "args.json").read_text())
+    about["args"]["s5_width"] = 32
+    (run / "args.json").write_text(json.dumps(about))
+
+
+def break_args_json(run):
+    (run / "args.json").write_text('{"args": {')
+
+
+def remove_args_json(run):
+    (run / "args.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["--resume", "--eval"])
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (truncate_newest_checkpoint, "checkpoint 60"),
+        (remove_the_state, "checkpoint 60"),
+        (remove_checkpoints, "checkpoint"),
+        (empty_checkpoints, "checkpoint"),
+        (edit_the_flags, "learning_rate 0.001"),  # a checkpoint of other flags: the shapes fit, the run does not
+        (edit_the_width, "checkpoint 60"),
+        (break_args_json, "not a run directory"),
+        (remove_args_json, "not a run directory"),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_nothing_is_changed(
+    damage, named, how, finished, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0] / "first", run)
+    damage(run)
+    before = files(tmp_path)
+    code, out, err = in_process(monkeypatch, capsys, how, run)
+    assert code == 2 and err.count("\n") == 1 and named in err and str(run) in err
+    assert files(tmp_path) == before and out == ""
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("learning_rate", 0.5), ("env", "RepeatFirstEasy"), ("seed", 1), ("arch", "mlp")]
+)
+def test_a_flag_that_contradicts_the_resumed_run_is_refused(flag, value, finished, monkeypatch, capsys):
+    run = finished[0] / "first"
+    before = files(run)
+    code, _, err = in_process(monkeypatch, capsys, "--resume", run, *as_flags(**{flag: value}))
+    assert code == 2 and err.count("\n") == 1
+    assert f"--{flag.replace('_', '-')} {value}" in err and str(getattr(ppo.Args(**json_args(run)), flag)) in err
+    assert files(run) == before
+
+
+def json_args(run):
+    stored = json.loads((run / "args.json").read_text())["args"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+
+
+def test_a_loss_that_is_not_finite_stops_with_1_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    """A step of 1e12 overflows within a few updates; nothing that is not finite reaches the metrics or a checkpoint."""
+    run, handlers = tmp_path / "run", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    flags = tiny_flags(run_dir=run, learning_rate=1e12, arch="gru", anneal_lr=False)
+    code, out, err = in_process(monkeypatch, capsys, *flags)
+    assert code == 1 and err.count("\n") == 1
+    stopped_at = int(re.search(r"not finite at update (\d+), seed 0", err)[1])
+    assert str(run) in err and not (run / "summary.json").exists()
+    assert row_count(run) in (stopped_at - 1, -1)
+    newest = max(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert newest == stopped_at - 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_the_last_good_checkpoint_is_finite_and_can_be_evaluated(finished, monkeypatch, capsys):
+    code, out, err = in_process(monkeypatch, capsys, "--eval", finished[0] / "first")
+    assert (code, err) == (0, "") and "nan" not in out
+
+
+# ---- evaluation and listings -----------------------------------------------------------------------------------------
+
+
+def test_evaluation_prints_mean_error_and_quantiles_the_same_each_time_and_writes_nothing(finished):
+    folder, run = finished[0], finished[0] / "first"
+    before = files(folder)
+    printed = [finish(process) for process in [start_script("--eval", run, cwd=folder) for _ in range(2)]]
+    assert printed[0] == printed[1] and printed[0][1] == ""
+    out = printed[0][0]
+    numbers = [float(number) for number in re.findall(r"-?\d\.\d{4}", out)]
+    mean, error, *quantiles = numbers
+    assert "update 60, 8 episodes" in out and len(quantiles) == 5
+    assert quantiles == sorted(quantiles) and quantiles[0] <= mean <= quantiles[-1] and error > 0
+    assert files(folder) == before
+
+
+def test_evaluation_takes_its_own_number_of_episodes(finished, monkeypatch, capsys):
+    code, out, err = in_process(monkeypatch, capsys, "--eval", finished[0] / "first", "--eval-episodes", 3)
+    assert (code, err) == (0, "") and "3 episodes" in out
+
+
+def test_list_envs_prints_every_environment(monkeypatch, capsys):
+    code, out, err = in_process(monkeypatch, capsys, "--list-envs")
+    assert (code, err) == (0, "")
+    assert {"RepeatPreviousHard", "PositionOnlyCartPoleEasy", "NoisyPositionOnlyPendulumMedium"} <= set(out.split())
+
+
+def test_help_names_and_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo_s5_popgym.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(ppo.main)
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    words = " ".join(line.strip("│╭╰╮╯─ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines())
+    for name in ppo.Args.__dataclass_fields__:
+        explained = re.search(rf"--{name.replace('_', '-')}[ ,][^(]*?[a-z]{{3}}[^(]* [^(]*\(", words)
+        assert explained, name
+
+
+def test_importing_the_script_does_nothing(tmp_path):
+    """No output, no file, no thread left running, and the signals as they were."""
+    code = (
+        "import signal, threading; handler = signal.getsignal(signal.SIGINT); import ppo_s5_popgym, jax;"
+        "assert signal.getsignal(signal.SIGINT) is handler; assert not jax.live_arrays();"
+        "assert threading.active_count() == 1"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+BAD = {
+    "--env RepeatPreviosHard": ("RepeatPreviosHard", "RepeatPreviousHard"),
+    "--env ''": ("--env", "nearest"),
+    "--no-such-flag 3": ("--no-such-flag",),
+    "stray": ("stray",),
+    "--num-envs": ("--num-envs",),
+    "--num-envs many": ("--num-envs", "many"),
+    "--num-envs 2.5": ("--num-envs", "2.5"),
+    "--num-envs 0": ("--num-envs 0", "above 0"),
+    "--num-envs -8": ("--num-envs -8", "above 0"),
+    "--num-envs 9": ("--num-envs 9", "--num-minibatches 2"),
+    "--num-minibatches 16": ("--num-envs 8", "--num-minibatches 16"),
+    "--num-steps 0": ("--num-steps 0",),
+    "--total-timesteps 0": ("--total-timesteps 0",),
+    "--update-epochs -1": ("--update-epochs -1",),
+    "--learning-rate nan": ("--learning-rate nan",),
+    "--learning-rate inf": ("--learning-rate inf",),
+    "--learning-rate -0.001": ("--learning-rate -0.001",),
+    "--gamma 2": ("--gamma 2", "at most 1"),
+    "--gamma -0.1": ("--gamma -0.1", "at least 0"),
+    "--gae-lambda 1.01": ("--gae-lambda 1.01", "at most 1"),
+    "--clip-coef 0": ("--clip-coef 0",),
+    "--max-grad-norm 0": ("--max-grad-norm 0",),
+    "--ent-coef -1": ("--ent-coef -1",),
+    "--seed -1": ("--seed -1",),
+    "--seed 99999999999": ("--seed 99999999999",),
+    "--num-seeds 0": ("--num-seeds 0",),
+    "--s5-layers 0": ("--s5-layers 0",),
+    "--s5-state 0": ("--s5-state 0",),
+    "--s5-dt-min 0.5": ("--s5-dt-min 0.5", "--s5-dt-max 0.1"),
+    "--encoder-layers 16 0": ("--encoder-layers", "0"),
+    "--attention-window 0": ("--attention-window 0",),
+    "--arch attention --s5-width 12": ("--s5-width 12", "multiple of 8"),
+    "--arch lstm": ("--arch", "lstm", "s5-noreset"),
+    "--preset fast": ("--preset", "fast", "paper"),
+    "--anneal-lr maybe": ("maybe",),
+    "--checkpoint-interval 0": ("--checkpoint-interval 0",),
+    "--eval-episodes 0": ("--eval-episodes 0",),
+    "--num-devices 0": ("--num-devices 0",),
+    "--num-devices 4": ("--num-devices 4",),
+    "--run-dir taken": ("--run-dir taken", "--resume taken"),
+    "--run-dir taken/file/run": ("--run-dir taken/file/run",),
+    "--resume nowhere": ("nowhere", "not a run directory"),
+    "--eval nowhere": ("nowhere", "not a run directory"),
+    "--resume taken": ("taken", "not a run directory"),
+    "--track": ("--track", "wandb"),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(words, tmp_path, monkeypatch, capsys):
+    """The line names the flag, its value and what is allowed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    if words == "--track":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        monkeypatch.setattr(common, "find_spec", lambda name: None)
+    flags = ["" if word == "''" else word for word in words.split()]
+    flags = flags if flags[0] in ("--resume", "--eval") else [*tiny_flags(num_devices=1), *flags]
+    code, out, err = in_process(monkeypatch, capsys, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    for part in BAD[words]:
+        assert part in err
+    assert set(tmp_path.rglob("*")) == {tmp_path / "taken", tmp_path / "taken" / "file"}
+
+
+def test_bad_number_of_episodes_is_refused_for_an_existing_run_too(finished, monkeypatch, capsys):
+    code, _, err = in_process(monkeypatch, capsys, "--eval", finished[0] / "first", "--eval-episodes", 0)
+    assert code == 2 and err.count("\n") == 1 and "--eval-episodes 0" in err
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    flags = (["--env", "Nope"], ["--gamma", "2"], ["--resume", "nowhere"])
+    for process in [start_script(*words, cwd=tmp_path) for words in flags]:
+        out, err = finish(process, 2)
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_before_its_directory_was_complete_can_be_started_again(tmp_path, monkeypatch, capsys):
+    """What the first attempt left behind does not stand in the way."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    flags = tiny_flags(run_dir=tmp_path / "run", arch="mlp", total_timesteps=128)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "provenance", die)
+        in_process(monkeypatch, capsys, *flags)
+    code, _, err = in_process(monkeypatch, capsys, *flags)
+    assert (code, err) == (0, "") and row_count(tmp_path / "run") == 1
+
+
+# ---- several devices, several processes ------------------------------------------------------------------------------
+
+
+SPREAD = {"total_timesteps": 1280, "checkpoint_interval": 5}
+TWO_DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+
+
+def assert_same_metrics(run, reference):
+    got, expected = rows(run), rows(reference)[:10]
+    assert len(got) == len(expected) == 10
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours["episodes"] == theirs["episodes"]
+        for name in ("return_mean", "entropy", "policy_loss", "value_loss", "grad_norm"):
+            if ours[name] or theirs[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2, abs=1e-3), name
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    finish(start_script(*tiny_flags(run_dir="one", **SPREAD), cwd=folder))
+    return folder / "one"
+
+
+def test_two_devices_give_the_metrics_of_one(one_device, tmp_path):
+    finish(start_script(*tiny_flags(run_dir="two", num_devices=2, **SPREAD), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
+    assert_same_metrics(tmp_path / "two", one_device)
+    finish(start_script("--eval", "two", cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
+
+
+def test_two_processes_give_the_metrics_of_one_and_one_of_them_writes(one_device, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for index in range(2):
+        cluster = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        flags = tiny_flags(run_dir="two", num_devices=2, distributed=True, **SPREAD)
+        processes.append(start_script(*flags, cwd=tmp_path, **cluster))
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
+    assert_same_metrics(tmp_path / "two", one_device)
+    assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
