@@ -188,7 +188,7 @@ def loss(cartpole):
     setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
     advantages, returns = ppo.compute_gae(setup.args, rollout, rollout.reward, cartpole.last_value)
     keys = iter(jax.random.split(jax.random.PRNGKey(5), 100))
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), runner.params)
+    params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), runner.params)
     gradient = fast_jit(jax.value_and_grad(lambda p, *data: ppo.ppo_loss(p, setup, *data), has_aux=True))
 
     def of(environments, carry_of=None):
@@ -233,23 +233,27 @@ def test_loss_equals_the_published_formula(cartpole, loss):
 def test_loss_and_gradient_do_not_depend_on_the_order_of_the_environments(loss):
     """Environments are exchangeable, each with its own carry; with another's carry the loss is another."""
     order = np.random.default_rng(0).permutation(32)
-    (plain, _), plain_gradient = loss.of(np.arange(32))
+    (plain, _), gradient = loss.of(np.arange(32))
     (permuted, _), permuted_gradient = loss.of(order)
     (wrong, _), _ = loss.of(order, carry_of=np.arange(32))
-    assert permuted == pytest.approx(plain, abs=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain_gradient, permuted_gradient)
+    assert float(permuted) == pytest.approx(float(plain), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(permuted_gradient), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4 * np.abs(a).max())
     assert abs(wrong - plain) > 1e-4
 
 
 def test_entropy_bonus_and_value_weight_reach_the_loss(cartpole):
     setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
-    data = runner.carry, rollout, rollout.reward, rollout.reward
-    totals, metrics = {}, {}
-    for name, flags in {"plain": {}, "entropy": {"ent_coef": 0.5}, "value": {"vf_coef": 3.0}}.items():
+    data = runner.carry, rollout, rollout.value, rollout.so_far["return"]
+
+    def loss(**flags):
         other = setup._replace(args=tiny_args(**flags))
-        totals[name], metrics = ppo.ppo_loss(runner.params, other, *data)
-    assert totals["entropy"] == pytest.approx(totals["plain"] - 0.5 * metrics["entropy"], rel=1e-4)
-    assert totals["value"] == pytest.approx(totals["plain"] + 2 * metrics["value_loss"], rel=1e-4)
+        return fast_jit(lambda params: ppo.ppo_loss(params, other, *data))(runner.params)
+
+    plain, metrics = jax.tree.map(float, loss())
+    assert metrics["entropy"] > 0.1 and metrics["value_loss"] > 0.01
+    assert float(loss(ent_coef=0.5)[0]) == pytest.approx(plain - 0.5 * metrics["entropy"], rel=1e-4)
+    assert float(loss(vf_coef=3.0)[0]) == pytest.approx(plain + 2 * metrics["value_loss"], rel=1e-4)
 
 
 def test_reward_scale_is_frozen_for_a_rollout_and_is_the_mean_of_those_before():
@@ -354,7 +358,8 @@ class Probe(environment.Environment):
 
 
 class Recall(Probe):
-    """A cue at the first step, asked for at the second, where nothing is seen."""
+    """A cue at the first step, asked for at the second, where nothing is seen. Action 1 at the first step costs 3, so
+    that it does not pay to note the cue down in the previous action, which the agent is shown."""
 
     length = 2
 
@@ -365,7 +370,7 @@ class Recall(Probe):
         return jnp.where(state.time == 0, state.secret, 0.0) * jnp.ones(2)
 
     def reward(self, state, action):
-        return jnp.where(state.time == 1, (2.0 * action - 1) * state.secret, 0.0)
+        return jnp.where(state.time == 1, (2.0 * action - 1) * state.secret, -3.0 * action)
 
 
 class Lottery(Probe):
@@ -415,29 +420,34 @@ def test_value_of_an_episode_of_one_step_that_pays_one(probe, time_limit, bootst
     np.testing.assert_allclose(rollout.value, answer, atol=0.15)
 
 
-@pytest.mark.parametrize("arch, low, high", [("s5", 0.9, 1.0), ("gru", 0.9, 1.0), ("mlp", -0.4, 0.4)])
+@pytest.mark.parametrize("arch, low, high", [("s5", 0.8, 1.0), ("mlp", -0.5, 0.3)])
 def test_a_cue_of_one_step_before_is_recalled_with_memory_and_not_without(arch, low, high):
-    """Return +1 if recalled, -1 if not; without memory 0 on average. Previous actions must not smuggle the cue through,
-    so none of the learners gets more than the memory gives."""
-    setup = probe_setup(Recall(), arch=arch, learning_rate=3e-3, num_envs=32, gamma=0.9)
-    runner, _ = train_on(setup, 60)
-    returns = fast_jit(ppo.evaluate, setup._replace(args=tiny_args(**vars(setup.args) | {"eval_episodes": 200})))(
-        runner.params, jax.random.PRNGKey(0)
-    )
+    """Mean return 1 if always recalled, 0 if guessed."""
+    setup = probe_setup(Recall(), arch=arch, learning_rate=3e-3, num_envs=32, gamma=0.9, eval_episodes=400)
+    runner, _ = train_on(setup, 80)
+    returns = fast_jit(ppo.evaluate, setup)(runner.params, jax.random.PRNGKey(0))
     assert low <= returns.mean() <= high
 
 
-def test_evaluation_counts_first_episodes_only_and_to_their_end():
+@pytest.fixture(scope="module")
+def lottery():
+    """Evaluation with a key, of any policy: the returns of 1000 episodes."""
+    setup = probe_setup(Lottery(), arch="mlp", eval_episodes=1000)
+    params, evaluate = fast_jit(ppo.init_runner, setup)(0).params, fast_jit(ppo.evaluate, setup)
+    return lambda seed: np.asarray(evaluate(params, jax.random.PRNGKey(seed)))
+
+
+def test_evaluation_counts_first_episodes_only_and_to_their_end(lottery):
     """Episodes of 1 or 41 steps at evens: mean 21. Counting every episode that ends would favour the short ones, and
     counting one rollout would lose the long ones (a rollout has 16 steps)."""
-    setup = probe_setup(Lottery(), arch="mlp", eval_episodes=1000)
-    params = fast_jit(ppo.init_runner, setup)(0).params
-    evaluate = fast_jit(ppo.evaluate, setup)
-    returns = np.asarray(evaluate(params, jax.random.PRNGKey(1)))
+    returns = lottery(1)
     assert returns.shape == (1000,) and set(returns) == {1.0, 41.0}
     assert returns.mean() == pytest.approx(21, abs=4 * 20 / math.sqrt(1000))
-    np.testing.assert_array_equal(returns, evaluate(params, jax.random.PRNGKey(1)))
-    assert np.any(returns != np.asarray(evaluate(params, jax.random.PRNGKey(2))))
+
+
+def test_evaluation_key_decides_which_episodes_are_played(lottery):
+    np.testing.assert_array_equal(lottery(1), lottery(1))
+    assert np.any(lottery(1) != lottery(2))
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -491,18 +501,22 @@ def test_the_paper_preset_is_the_papers_table():
 
 
 def test_the_papers_network_has_the_papers_layers():
-    args = ppo.Args(**ppo.PRESETS["paper"])
-    setup = ppo.make_setup(args)
+    """Encoder [128, 256], four layers of S5 with both matrices of the gate, decoders [128, 128]."""
+    setup = ppo.make_setup(ppo.Args(**ppo.PRESETS["paper"]))
     params = jax.eval_shape(lambda: ppo.init_runner(setup, 0)).params["params"]
-    kernels = {jax.tree_util.keystr(k): leaf.shape for k, leaf in jax.tree.leaves_with_path(params) if leaf.ndim == 2}
+
+    def matrices(part):
+        return [leaf.shape for leaf in jax.tree.leaves(params[part]) if leaf.ndim == 2]
+
     features = 4 + 4 + 1  # one-hot suit, one-hot previous action, start flag
-    shapes = lambda part: [shape for name, shape in kernels.items() if name.startswith(f"['{part}']")]  # noqa: E731
-    assert shapes("encoder") == [(features, 128), (128, 256)]
-    assert shapes("actor") == [(256, 128), (128, 128), (128, 4)]
-    assert shapes("critic") == [(256, 128), (128, 128), (128, 1)]
-    assert sorted(shapes("memory_0")) == [(256, 256)] * 4 and "['memory_3']['D']" in str(
-        jax.tree.leaves_with_path(params)
-    )
+    assert matrices("encoder") == [(features, 128), (128, 256)]
+    assert matrices("actor") == [(256, 128), (128, 128), (128, 4)]
+    assert matrices("critic") == [(256, 128), (128, 128), (128, 1)]
+    memory = [part for name, part in params.items() if name not in ("encoder", "actor", "critic")]
+    assert len(memory) == 4
+    for layer in memory:  # B_tilde and C_tilde hold real and imaginary parts of 128 states
+        assert sorted(leaf.shape for leaf in jax.tree.leaves(layer) if leaf.ndim == 2) == [(256, 256)] * 4
+        assert "norm" not in layer
 
 
 def test_an_explicit_flag_beats_the_preset_wherever_it_stands():
