@@ -48,7 +48,7 @@ class Args:
     arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
     seed: int = 0  # seed of the first agent
     num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    total_timesteps: int = 3_000_000  # environment steps for each agent, rounded up to whole rollouts
+    total_timesteps: int = 4_000_000  # environment steps for each agent, rounded up to whole rollouts
     num_envs: int = 64  # parallel environments B
     num_steps: int = 256  # steps of a rollout T; gradients do not reach further back, the memory does
     num_minibatches: int = 32  # minibatches of an epoch; each takes whole sequences of some environments
@@ -56,7 +56,7 @@ class Args:
     learning_rate: float = 1e-3  # Adam step size
     anneal_lr: bool = True  # bring the step size to zero linearly over the run
     gamma: float = 0.99  # discount
-    gae_lambda: float = 0.9  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.85  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # PPO's clipping range, of the probability ratio and of the value's change
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 1.0  # weight of the value loss

@@ -57,10 +57,10 @@ def tiny_flags(**flags: Any) -> list[str]:
     return as_flags(**TINY | flags)
 
 
-def start_script(*flags: Any, cwd: Path, **variables: str) -> subprocess.Popen:
+def start_script(*flags: Any, cwd: Path, program: tuple[str, ...] = (str(SCRIPT),), **variables: str):
     """The script in a process of its own. LLVM's optimiser is off: most of a tiny run is compilation."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
-    words = [sys.executable, str(SCRIPT), *map(str, flags)]
+    words = [sys.executable, *program, *map(str, flags)]
     return subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

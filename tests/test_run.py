@@ -112,20 +112,19 @@ def test_default_run_directory_names_environment_script_arch_seed_and_time(tmp_p
     assert re.fullmatch(r"RepeatPreviousEasy__ppo_s5_popgym__mlp__s5__\d{8}-\d{6}", run.name)
 
 
-def test_seeds_in_one_program_equal_separate_runs(tmp_path):
-    flags = {"total_timesteps": 1280}
-    both = start_script(*tiny_flags(run_dir="both", seed=3, num_seeds=2, **flags), cwd=tmp_path)
-    alone = [start_script(*tiny_flags(run_dir=f"s{seed}", seed=seed, **flags), cwd=tmp_path) for seed in (3, 4)]
-    for process in (both, *alone):
+def test_seeds_in_one_program_equal_separate_runs(finished, tmp_path):
+    both = start_script(*tiny_flags(run_dir="both", num_seeds=2), cwd=tmp_path)
+    alone = start_script(*tiny_flags(run_dir="one", seed=1), cwd=tmp_path)
+    for process in (both, alone):
         finish(process)
-    for seed in (3, 4):
+    for seed, single in enumerate((finished[0] / "first", tmp_path / "one")):
         together = [row for row in rows(tmp_path / "both") if row["seed"] == str(seed)]
-        assert len(together) == 10
-        for got, expected in zip(together, rows(tmp_path / f"s{seed}"), strict=True):
+        assert len(together) == UPDATES
+        for got, expected in zip(together[:10], rows(single)[:10], strict=True):
             for name in got:
                 assert got[name] == expected[name] or float(got[name]) == pytest.approx(float(expected[name]), abs=1e-5)
     summary = json.loads((tmp_path / "both" / "summary.json").read_text())
-    assert summary["seeds"] == [3, 4] and summary["env_steps"] == 1280
+    assert summary["seeds"] == [0, 1] and summary["env_steps"] == 7680
     assert summary["final_return"] == pytest.approx(sum(summary["final_returns"]) / 2)
 
 
@@ -293,22 +292,28 @@ def json_args(run):
 
 
 def test_a_loss_that_is_not_finite_stops_with_1_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
-    """A step of 1e12 overflows within a few updates; nothing that is not finite reaches the metrics or a checkpoint."""
-    run, handlers = tmp_path / "run", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    """Far too large a step; nothing that is not finite reaches the metrics or a checkpoint."""
+    run = tmp_path / "run"
     flags = tiny_flags(run_dir=run, learning_rate=1e12, arch="gru", anneal_lr=False)
-    code, out, err = in_process(monkeypatch, capsys, *flags)
+    code, _, err = in_process(monkeypatch, capsys, *flags)
     assert code == 1 and err.count("\n") == 1
     stopped_at = int(re.search(r"not finite at update (\d+), seed 0", err)[1])
     assert str(run) in err and not (run / "summary.json").exists()
-    assert row_count(run) in (stopped_at - 1, -1)
-    newest = max(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert newest == stopped_at - 1
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert max(row_count(run), 0) == stopped_at - 1
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == stopped_at - 1
+    code, out, err = in_process(monkeypatch, capsys, "--eval", run)
+    assert (code, err) == (0, "") and "nan" not in out and f"update {stopped_at - 1}," in out
 
 
-def test_the_last_good_checkpoint_is_finite_and_can_be_evaluated(finished, monkeypatch, capsys):
-    code, out, err = in_process(monkeypatch, capsys, "--eval", finished[0] / "first")
-    assert (code, err) == (0, "") and "nan" not in out
+def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(FloatingPointError), common.stop_requests():
+            raise FloatingPointError
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
 
 
 # ---- evaluation and listings -----------------------------------------------------------------------------------------
@@ -351,11 +356,15 @@ def test_help_names_and_explains_every_flag(monkeypatch, capsys):
 
 
 def test_importing_the_script_does_nothing(tmp_path):
-    """No output, no file, no thread left running, and the signals as they were."""
+    """Beyond what importing its libraries does: no output, no file, no array, no thread, the signals as they were."""
     code = (
-        "import signal, threading; handler = signal.getsignal(signal.SIGINT); import ppo_s5_popgym, jax;"
-        "assert signal.getsignal(signal.SIGINT) is handler; assert not jax.live_arrays();"
-        "assert threading.active_count() == 1"
+        "import signal, threading, flax, gymnax, jax, optax, orbax.checkpoint, tensorboardX, tqdm, tyro\n"
+        "def state():\n"
+        "    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]\n"
+        "    return len(jax.live_arrays()), threading.active_count(), handlers\n"
+        "before = state()\n"
+        "import ppo_s5_popgym\n"
+        "assert state() == before, (state(), before)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -464,51 +473,59 @@ def test_a_run_killed_before_its_directory_was_complete_can_be_started_again(tmp
 # ---- several devices, several processes ------------------------------------------------------------------------------
 
 
-SPREAD = {"total_timesteps": 1280, "checkpoint_interval": 5}
 TWO_DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 
 
 def assert_same_metrics(run, reference):
-    got, expected = rows(run), rows(reference)[:10]
-    assert len(got) == len(expected) == 10
-    for ours, theirs in zip(got, expected, strict=True):
+    """In the first updates: sums in another order part two runs in the end."""
+    assert row_count(run) == UPDATES
+    for ours, theirs in zip(rows(run)[:10], rows(reference)[:10], strict=True):
         assert ours["episodes"] == theirs["episodes"]
         for name in ("return_mean", "entropy", "policy_loss", "value_loss", "grad_norm"):
             if ours[name] or theirs[name]:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2, abs=1e-3), name
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    finish(start_script(*tiny_flags(run_dir="one", **SPREAD), cwd=folder))
-    return folder / "one"
-
-
-def test_two_devices_give_the_metrics_of_one(one_device, tmp_path):
-    finish(start_script(*tiny_flags(run_dir="two", num_devices=2, **SPREAD), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
-    assert_same_metrics(tmp_path / "two", one_device)
+def test_two_devices_give_the_metrics_of_one(finished, tmp_path):
+    finish(
+        start_script(
+            *tiny_flags(run_dir="two", num_devices=2, checkpoint_interval=5), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES
+        )
+    )
+    assert_same_metrics(tmp_path / "two", finished[0] / "first")
     finish(start_script("--eval", "two", cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
 
 
-def test_two_processes_give_the_metrics_of_one_and_one_of_them_writes(one_device, tmp_path):
+LATE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import ppo_s5_popgym, s5_common
+init = s5_common.RunDirectory.__init__
+def late(*arguments):
+    time.sleep(2)
+    init(*arguments)
+s5_common.RunDirectory.__init__ = late
+sys.exit(s5_common.run_main(ppo_s5_popgym.main))
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_two_processes_give_the_metrics_of_one_and_one_of_them_writes(late, finished, tmp_path):
+    """Whichever comes last to the run directory."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = []
     for index in range(2):
-        cluster = {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(index),
-        }
-        flags = tiny_flags(run_dir="two", num_devices=2, distributed=True, **SPREAD)
-        processes.append(start_script(*flags, cwd=tmp_path, **cluster))
+        cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+        program = {"program": ("-c", LATE)} if index == late else {}
+        flags = tiny_flags(run_dir="two", num_devices=2, distributed=True, checkpoint_interval=5)
+        processes.append(start_script(*flags, cwd=tmp_path, JAX_PROCESS_ID=str(index), **program, **cluster))
     try:
         for process in processes:
             finish(process)
     finally:
         for process in processes:
             process.kill()
-    assert_same_metrics(tmp_path / "two", one_device)
+    assert_same_metrics(tmp_path / "two", finished[0] / "first")
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
