@@ -231,15 +231,18 @@ def test_loss_equals_the_published_formula(cartpole, loss):
 
 
 def test_loss_and_gradient_do_not_depend_on_the_order_of_the_environments(loss):
-    """Environments are exchangeable, each with its own carry; with another's carry the loss is another."""
+    """Environments are exchangeable, each with its own carry; with another's carry the gradient is another."""
     order = np.random.default_rng(0).permutation(32)
     (plain, _), gradient = loss.of(np.arange(32))
     (permuted, _), permuted_gradient = loss.of(order)
-    (wrong, _), _ = loss.of(order, carry_of=np.arange(32))
+    _, wrong_gradient = loss.of(order, carry_of=np.arange(32))
+
+    def distance(other):
+        flat, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (other, gradient))
+        return np.linalg.norm(flat - expected) / np.linalg.norm(expected)
+
     assert float(permuted) == pytest.approx(float(plain), rel=1e-5)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(permuted_gradient), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4 * np.abs(a).max())
-    assert abs(wrong - plain) > 1e-4
+    assert distance(permuted_gradient) < 1e-5 and distance(wrong_gradient) > 1e-3
 
 
 def test_entropy_bonus_and_value_weight_reach_the_loss(cartpole):
