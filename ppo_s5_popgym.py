@@ -1,6 +1,6 @@
 """Recurrent PPO with resettable S5 layers on POPGym, in one file.
 
-Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", section 4.2.
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.2.
 
     python ppo_s5_popgym.py --env RepeatHard                 # two minutes on 2 CPU cores
     python ppo_s5_popgym.py --env RepeatHard --preset paper  # the paper's table, for a GPU
@@ -89,11 +89,13 @@ class Args:
         """Raise UsageError for values that cannot work."""
         for name, value in vars(self).items():
             low = 0 if name in ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda") else 1e-12
-            high = 1 if name in ("gamma", "gae_lambda") else 1e12
+            high = {"gamma": 1, "gae_lambda": 1, "seed": 2**31 - 1}.get(name, 1e12)
             for number in value if isinstance(value, tuple) else [value]:
                 if type(number) in (int, float) and not low <= number <= high:
-                    allowed = ("at least 0" if low == 0 else "above 0") + (" and at most 1" if high == 1 else "")
-                    raise common.UsageError(f"--{name.replace('_', '-')} {number}: must be a number {allowed}")
+                    flag = f"--{name.replace('_', '-')} {number}"
+                    raise common.UsageError(f"{flag}: must be {'at least' if low == 0 else 'above'} 0 and at most {high:g}")
+        if self.distributed and not (self.run_dir or self.resume or self.eval):
+            raise common.UsageError("--distributed True: needs a --run-dir that all processes share")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
             raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
@@ -265,7 +267,7 @@ class ActorCritic(nn.Module):
     discrete: bool
 
     def setup(self):
-        args, H = self.args, self.args.s5_width
+        args, H, A = self.args, self.args.s5_width, self.num_actions
 
         def mlp(widths, gain):
             layers = [(nn.Dense(width, kernel_init=orthogonal(gain)), nn.leaky_relu) for width in widths]
@@ -273,10 +275,9 @@ class ActorCritic(nn.Module):
 
         self.encoder = nn.Sequential(mlp((*args.encoder_layers, H), math.sqrt(2)))
         self.memory = make_memory(args)
-        policy_head = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))
-        self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), policy_head])
+        self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(A, kernel_init=orthogonal(0.01))])
         self.critic = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(1, kernel_init=orthogonal(1.0))])
-        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (self.num_actions,))
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (A,))
 
     def kernels(self) -> list:
         """What ``step`` can reuse for as long as the parameters stay as they are."""
@@ -417,10 +418,10 @@ def make_setup(args: Args) -> Setup:
     return Setup(args, env, env_params, network, optimizer, mesh)
 
 
-def init_runner(setup: Setup, seed: Array) -> Runner:
-    """Fresh parameters and environments for one seed, int32 ()."""
+def init_runner(setup: Setup, key: Array) -> Runner:
+    """Fresh parameters and environments for one agent."""
     batch, network = setup.args.num_envs, setup.network
-    params_key, env_key, key = jax.random.split(jax.random.PRNGKey(seed), 3)
+    params_key, env_key, key = jax.random.split(key, 3)
     obs, env_state = reset_envs(setup, env_key, batch)
     start, zeros = jnp.ones(batch), jnp.zeros(batch)
     obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
@@ -523,8 +524,9 @@ def placement(setup: Setup) -> Runner:
 
 def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
+    keys = jax.vmap(jax.random.PRNGKey)(setup.args.seed + jnp.arange(setup.args.num_seeds))
     init = partial(for_each_seed, setup.args, partial(init_runner, setup))
-    return jax.jit(init, out_shardings=placement(setup))(setup.args.seed + jnp.arange(setup.args.num_seeds))
+    return jax.jit(init, out_shardings=placement(setup))(keys)
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
@@ -541,7 +543,7 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
     envs = jnp.arange(setup.args.eval_episodes)
     setup = setup._replace(args=replace(setup.args, num_envs=len(envs)))
-    runner = init_runner(setup, jnp.zeros((), int))._replace(params=params, key=key)
+    runner = init_runner(setup, key)._replace(params=params)
 
     def more(loop):
         runner, returns = loop
@@ -561,29 +563,26 @@ def print_evaluation(args: Args) -> None:
     for i, returns in enumerate(np.asarray(jax.jit(partial(lax.map, play))(runners.params))):
         error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
         quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-        print(f"{args.env}, seed {args.seed + i}, update {update}, {len(returns)} episodes:")
-        print(f"  mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
+        about = f"{args.env}, seed {args.seed + i}, update {update}, {len(returns)} episodes"
+        print(f"{about}: mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
 
 
 def train(args: Args) -> dict[str, Any]:
-    """Train as the flags say, keep the run directory and return its summary.
-
-    Raises UsageError, FloatingPointError (a loss is not finite), and SystemExit after SIGINT or SIGTERM, once saved.
-    """
+    """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
     setup = make_setup(args)
     stamp = f"{setup.env.name}__ppo_s5_popgym__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = common.RunDirectory(Path(args.resume or args.run_dir or f"runs/{stamp}"), args)
     done, runners, seconds = run.restore(init_runners(setup))
-    if done == 0:
-        run.save(0, runners, 0.0)
     began = time.perf_counter()
-    step = compile_update(setup, runners)
-    compile_seconds = time.perf_counter() - began
-    progress = common.ProgressLine(args.num_updates, done, steps_per_update=args.batch_size * args.num_seeds)
     with common.stop_requests() as stop:
+        if done == 0:
+            run.save(0, runners, 0.0)
+        step = compile_update(setup, runners)
+        compile_seconds = time.perf_counter() - began
+        progress = common.ProgressLine(args.num_updates, done, steps_per_update=args.batch_size * args.num_seeds)
         while done < args.num_updates and not stop:
             runners, metrics = step(runners)
             metrics, done = jax.tree.map(np.asarray, metrics), done + 1
@@ -599,7 +598,7 @@ def train(args: Args) -> dict[str, Any]:
     measured = {"script": "ppo_s5_popgym", "env": setup.env.name, "updates": done, "env_steps": done * args.batch_size}
     measured |= {"compile_seconds": compile_seconds, "run_seconds": seconds + time.perf_counter() - began}
     summary = run.finish(measured | {"steps_per_second": progress.steps_per_second})
-    print(f"best return (MMER) {summary['best_return']:.4f}, final {summary['final_return']:.4f}: {run.path}")
+    print(f"best return (MMER) {summary['best_return']}, final {summary['final_return']}: {run.path}")
     return summary
 
 

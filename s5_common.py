@@ -31,6 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -39,10 +40,7 @@ from tqdm import tqdm
 
 
 def hippo_legs(n: int) -> np.ndarray:
-    """HiPPO-LegS state matrix, float64 (n, n). Gu et al. 2020, theorem 2.
-
-    A[i, j] = -sqrt((2i + 1)(2j + 1)) for i > j, -(i + 1) for i = j, 0 for i < j.
-    """
+    """HiPPO-LegS, float64 (n, n): -sqrt((2i + 1)(2j + 1)) for i > j, -(i + 1) for i = j, else 0. Gu et al. 2020."""
     root = np.sqrt(2 * np.arange(n) + 1.0)
     return -(np.tril(np.outer(root, root), -1) + np.diag(np.arange(n) + 1.0))
 
@@ -107,7 +105,6 @@ def packed_to_complex(x: Array) -> Array:
 
 def recurrence_step(Lambda_bar: Array, x: Array, drive: Array, keep: Array) -> Array:
     """keep Lambda_bar x + drive. Lambda_bar (2P,), x and drive (B, 2P), keep (B,). Returns (B, 2P).
-
     The drive is added within each half because XLA's CPU back end then fuses the step into one loop.
     """
     P = Lambda_bar.shape[-1] // 2
@@ -134,7 +131,6 @@ def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
 
 def _scan(*operands, reverse=False):
     """The recurrence in the form that suits the platform it is lowered for.
-
     A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on an accelerator
     every iteration is a kernel launch, so there it is log2(T) parallel passes.
     """
@@ -291,9 +287,9 @@ def run_main(main: Callable[[], int]) -> int:
     """Exit code of a script's ``main``; bad input is one line on stderr and 2."""
     try:
         return main()
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
@@ -317,18 +313,18 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
     run_dir = first.resume or first.eval
     if not run_dir:
         args = parse(args_class(**presets[first.preset]))
-        args.check()
-        return args
-    try:
-        stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-        default = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
-    args = parse(default)
-    for name, then in vars(default).items():
-        if getattr(args, name) != then and name != "resume" and not name.startswith("eval"):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UsageError(f"{flag}: the run in {run_dir} was made with {then}")
+    else:
+        try:
+            stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+            default = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
+        args = parse(default)
+        for name, then in vars(default).items():
+            if getattr(args, name) != then and name != "resume" and not name.startswith("eval"):
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise UsageError(f"{flag}: the run in {run_dir} was made with {then}")
+    args.check()
     return args
 
 
@@ -362,17 +358,18 @@ class RunDirectory:
         self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
         if args.track and not find_spec("wandb"):
             raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
-        is_new = not (args.resume or args.eval)
-        if is_new and path.exists():
+        creates = self.writes and not (args.resume or args.eval)
+        if creates and path.exists():
             raise UsageError(f"--run-dir {path}: exists; continue it with --resume {path} or choose another")
-        if is_new and self.writes:
+        if creates:
             draft = path.with_name(path.name + ".tmp")  # becomes the run directory when its files are in it
-            (draft / "checkpoints").mkdir(parents=True)
+            (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
             (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
             draft.rename(path)
         if self.writes and args.track:
             wandb = import_module("wandb")
             wandb.init(project="s5-in-context-rl", name=path.name, config=self.args, dir=path, sync_tensorboard=True)
+        multihost_utils.sync_global_devices("run directory")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
         self.checkpoints = ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)
 
@@ -383,7 +380,6 @@ class RunDirectory:
 
     def restore(self, like: Any) -> tuple[int, Any, float]:
         """Update, state and seconds of the newest checkpoint, or (0, like, 0) if the run has not begun.
-
         like: a state with the wanted shapes, dtypes and placement. Raises UsageError.
         """
         update = self.checkpoints.latest_step()
@@ -437,13 +433,15 @@ class RunDirectory:
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
         """Write learning_curve.png and summary.json: what was measured, the returns, where they come from."""
         seeds = [self.args["seed"] + s for s in range(self.args["num_seeds"])]
-        final, best = zip(*((r[-1], max(r)) for r in (self.returns(seed) or [math.nan] for seed in seeds)), strict=True)
+        returns = [self.returns(seed) for seed in seeds]
+        final, best = [r[-1] for r in returns if r], [max(r) for r in returns if r]  # without seeds of no episode yet
         summary = measured | {"arch": self.args["arch"], "preset": self.args["preset"], "seeds": seeds}
-        summary |= {"final_return": float(np.mean(final)), "best_return": float(np.mean(best))}
+        summary |= {"final_return": float(np.mean(final or math.nan)), "best_return": float(np.mean(best or math.nan))}
         summary |= {"final_returns": final, "best_returns": best} | provenance()
+        summary = {k: None if v != v else v for k, v in summary.items()}  # NaN, which no episode has, is not JSON
         if self.writes:
             plot_learning_curves({self.path.name: self.rows}, self.path / "learning_curve.png")
-            (self.path / "summary.json").write_text(json.dumps(summary, indent=2))
+            (self.path / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
         return summary
 
 
@@ -472,9 +470,11 @@ def stop_requests() -> Iterator[list[int]]:
             raise SystemExit(128 + number)
 
     previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield received
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class ProgressLine:
@@ -495,6 +495,6 @@ class ProgressLine:
         text += f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.bar.disable and (now - self.printed > 5 or self.done == self.updates):
+        if self.bar.disable and (now - self.printed > 5 and self.done > self.first or self.done == self.updates):
             eta, self.printed = (self.updates - self.done) * self.size / self.steps_per_second, now
             print(f"update {self.done} of {self.updates}: {text}, ETA {eta:.0f} s", flush=True)

@@ -506,7 +506,7 @@ def test_the_paper_preset_is_the_papers_table():
 def test_the_papers_network_has_the_papers_layers():
     """Encoder [128, 256], four layers of S5 with both matrices of the gate, decoders [128, 128]."""
     setup = ppo.make_setup(ppo.Args(**ppo.PRESETS["paper"]))
-    params = jax.eval_shape(lambda: ppo.init_runner(setup, 0)).params["params"]
+    params = jax.eval_shape(lambda: ppo.init_runner(setup, jax.random.PRNGKey(0))).params["params"]
 
     def matrices(part):
         return [leaf.shape for leaf in jax.tree.leaves(params[part]) if leaf.ndim == 2]
