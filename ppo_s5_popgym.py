@@ -92,8 +92,8 @@ class Args:
             high = {"gamma": 1, "gae_lambda": 1, "seed": 2**31 - 1}.get(name, 1e12)
             for number in value if isinstance(value, tuple) else [value]:
                 if type(number) in (int, float) and not low <= number <= high:
-                    flag = f"--{name.replace('_', '-')} {number}"
-                    raise common.UsageError(f"{flag}: must be {'at least' if low == 0 else 'above'} 0 and at most {high:g}")
+                    flag, bound = f"--{name.replace('_', '-')}", "at least" if low == 0 else "above"
+                    raise common.UsageError(f"{flag} {number}: must be {bound} 0 and at most {high:g}")
         if self.distributed and not (self.run_dir or self.resume or self.eval):
             raise common.UsageError("--distributed True: needs a --run-dir that all processes share")
         if self.num_envs % (self.num_minibatches * self.num_devices):
