@@ -492,7 +492,7 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
         carry = jax.tree.map(lambda x: x[environments], first_carry)
         (_, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, setup, carry, *batch)
         updates, opt_state = setup.optimizer.update(grads, opt_state, params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def epoch(learner, key):

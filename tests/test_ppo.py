@@ -30,7 +30,7 @@ def cartpole():
     """A setup, its second runner and the rollout that follows: episodes are under way at its first step."""
     setup = short_cartpole()
     collect = fast_jit(ppo.collect_rollout, setup)
-    runner, _, _ = collect(fast_jit(ppo.init_runner, setup)(0))
+    runner, _, _ = collect(fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)))
     later, rollout, last_value = collect(runner)
     return SimpleNamespace(setup=setup, runner=runner, later=later, rollout=rollout, last_value=last_value)
 
@@ -42,7 +42,7 @@ def cartpole():
 def test_ratio_is_one_at_the_first_minibatch_with_resets_inside_the_rollout(arch):
     """In the second update too, where the rollout starts from a stored carry; later minibatches do move."""
     setup = short_cartpole(arch=arch, num_envs=8, num_steps=32, num_minibatches=2, learning_rate=0.01)
-    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(3)
+    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(3))
     for _ in range(3):
         runner, metrics = update(runner)
         assert metrics["episodes"] >= 8
@@ -69,7 +69,7 @@ def test_previous_action_and_start_flag_at_every_step(env, actions, cartpole):
         first, rollout, last = cartpole.runner, cartpole.rollout, cartpole.later
     else:
         setup = short_cartpole(env=env, time_limit=7, num_envs=4, num_steps=30)
-        first = fast_jit(ppo.init_runner, setup)(0)
+        first = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))
         assert np.all(np.asarray(first.start) == 1) and np.all(np.asarray(first.obs)[:, -actions - 1 : -1] == 0)
         last, rollout, _ = fast_jit(ppo.collect_rollout, setup)(first)
     obs, starts = (np.concatenate([a, np.asarray(b)[None]]) for a, b in zip(rollout[:2], last[5:7], strict=True))
@@ -133,7 +133,7 @@ def test_truncated_steps_store_the_value_of_the_final_observation(cartpole):
 
 def test_time_limits_are_not_valued_when_the_bootstrap_is_off():
     setup = short_cartpole(bootstrap_truncated=False, num_envs=8, num_steps=30)
-    _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(fast_jit(ppo.init_runner, setup)(0))
+    _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)))
     assert rollout.truncated.sum() > 5 and np.all(np.asarray(rollout.final_value) == 0)
 
 
@@ -394,7 +394,7 @@ def probe_setup(probe, time_limit=1_000_000, **flags):
 
 
 def train_on(setup, updates):
-    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(0)
+    update, runner = fast_jit(ppo.update, setup), fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))
     for _ in range(updates):
         runner, metrics = update(runner)
     return runner, metrics
@@ -436,7 +436,7 @@ def test_a_cue_of_one_step_before_is_recalled_with_memory_and_not_without(arch, 
 def lottery():
     """Evaluation with a key, of any policy: the returns of 1000 episodes."""
     setup = probe_setup(Lottery(), arch="mlp", eval_episodes=1000)
-    params, evaluate = fast_jit(ppo.init_runner, setup)(0).params, fast_jit(ppo.evaluate, setup)
+    params, evaluate = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)).params, fast_jit(ppo.evaluate, setup)
     return lambda seed: np.asarray(evaluate(params, jax.random.PRNGKey(seed)))
 
 
