@@ -598,7 +598,7 @@ def train(args: Args) -> dict[str, Any]:
     measured = {"script": "ppo_s5_popgym", "env": setup.env.name, "updates": done, "env_steps": done * args.batch_size}
     measured |= {"compile_seconds": compile_seconds, "run_seconds": seconds + time.perf_counter() - began}
     summary = run.finish(measured | {"steps_per_second": progress.steps_per_second})
-    print(f"best return (MMER) {summary['best_return']}, final {summary['final_return']}: {run.path}")
+    print(f"best return (MMER) {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {run.path}")
     return summary
 
 
