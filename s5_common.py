@@ -359,8 +359,8 @@ class RunDirectory:
         if args.track and not find_spec("wandb"):
             raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
         creates = self.writes and not (args.resume or args.eval)
-        if creates and path.exists():
-            raise UsageError(f"--run-dir {path}: exists; continue it with --resume {path} or choose another")
+        if creates and (path.exists() or any(parent.is_file() for parent in path.parents)):
+            raise UsageError(f"--run-dir {path}: exists or is in a file; go on with --resume {path} or choose another")
         if creates:
             draft = path.with_name(path.name + ".tmp")  # becomes the run directory when its files are in it
             (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
