@@ -8,6 +8,8 @@ is black, red, black, red. All functions take one environment and are meant for 
 import jax
 import jax.numpy as jnp
 
+from popgym_jax import prng
+
 DECK_SIZE = 52
 NUM_SUITS = 4
 NUM_RANKS = 13
@@ -39,16 +41,21 @@ def deal(key: jax.Array, remaining: jax.Array) -> jax.Array:
 
     Where only the kind of a card matters (its suit, say), a shuffled deck need not be stored: the
     next card is of kind i with probability remaining[i] / sum(remaining), whatever was dealt
-    before, which is the law of a uniform shuffle. That makes a reset as cheap as a step, which
-    matters because gymnax resets every environment on every step. (The remainder of a 32-bit
-    draw favours the low cards by less than 1 part in 4 million for up to 1000 cards.)
+    before, which is the law of a uniform shuffle. That makes a reset as cheap as a step and
+    keeps the state small.
 
     remaining: cards left of each kind, int32 (kinds,), not all zero
     Returns the kind, int32 ().
     """
-    last_of_kind = jnp.cumsum(remaining)  # (kinds,)
-    num_cards = last_of_kind[-1].astype(jnp.uint32)
-    card = (jax.random.bits(key) % num_cards).astype(jnp.int32)
+    return pick(prng.bits(key, 1)[0], remaining)
+
+
+def pick(word: jax.Array, remaining: jax.Array) -> jax.Array:
+    """`deal` from a random word, uint32 ()."""
+    kinds = remaining.shape[0]
+    # cards up to and including each kind, written as a sum because XLA's cumsum does not fuse
+    last_of_kind = jnp.sum(jnp.tril(jnp.ones((kinds, kinds), jnp.int32)) * remaining, axis=1)
+    card = prng.integer(word, last_of_kind[-1])
     return jnp.sum(card >= last_of_kind, dtype=jnp.int32)
 
 
@@ -65,7 +72,7 @@ def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
     N^2 comparisons but vectorises: on CPU it is two to three times as fast as sorting up to three
     decks; from about six decks on, sorting wins.
     """
-    draws = jax.random.bits(key, (num_decks * DECK_SIZE,))  # (N,)
+    draws = prng.bits(key, num_decks * DECK_SIZE)  # (N,)
     position = jnp.arange(draws.shape[0])
     tie_before = (draws[None, :] == draws[:, None]) & (position[None, :] < position[:, None])
     before = (draws[None, :] < draws[:, None]) | tie_before  # (N, N)

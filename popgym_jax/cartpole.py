@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import environment, spaces
+from gymnax.environments import spaces
+
+from popgym_jax import environment, prng
 
 GRAVITY = 9.8
 MASS_POLE = 0.1
@@ -29,7 +31,6 @@ OBSERVATION_BOUND = np.array([2 * X_LIMIT, 2 * THETA_LIMIT], np.float32)
 class EnvState(environment.EnvState):
     """time: steps taken, int32 (); physics: x, x_dot, theta, theta_dot, float32 (4,)."""
 
-    time: jax.Array
     physics: jax.Array
 
 
@@ -67,17 +68,9 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
     agrees to 1e-6, a long balanced episode drifts apart as CartPole is unstable.
     """
 
-    def __init__(self, max_episode_length: int = 200, name: str = "PositionOnlyCartPole"):
+    def __init__(self, max_episode_length: int = 200, name: str | None = None):
         self.max_episode_length = max_episode_length
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def num_actions(self) -> int:
-        return 2
+        super().__init__(name)
 
     @property
     def default_params(self) -> EnvParams:
@@ -85,10 +78,14 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
 
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """Nearly upright and nearly at rest: observation float32 (2,) and state."""
-        key_state, key_observe = jax.random.split(key)
-        physics = jax.random.uniform(key_state, (4,), minval=-RESET_RANGE, maxval=RESET_RANGE)
+        key_state, key_observe = self.reset_keys(key)
+        physics = prng.uniform(prng.bits(key_state, 4), -RESET_RANGE, RESET_RANGE)
         state = EnvState(time=jnp.zeros((), jnp.int32), physics=physics)
         return self.observe(key_observe, state, None, params), state
+
+    def reset_keys(self, key: jax.Array) -> jax.Array:
+        """Keys of a fresh state and of the noise on its observation, (2,)."""
+        return prng.split(key, 2)
 
     def step_env(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
@@ -135,7 +132,7 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
         self,
         noise_sigma: float = 0.1,
         max_episode_length: int = 200,
-        name: str = "NoisyPositionOnlyCartPole",
+        name: str | None = None,
     ):
         super().__init__(max_episode_length, name)
         self.noise_sigma = noise_sigma
@@ -148,7 +145,7 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
 
     def sample_noise(self, key: jax.Array, params: NoisyEnvParams) -> jax.Array:
         """Noise on x and theta, float32 (2,)."""
-        return params.noise_sigma * jax.random.normal(key, (2,))
+        return params.noise_sigma * prng.normal(prng.bits(key, 2))
 
     def observe(
         self, key: jax.Array, state: EnvState, action: jax.Array | None, params: NoisyEnvParams

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from gymnax.environments import environment, spaces
+from gymnax.environments import spaces
+
+from popgym_jax import environment, prng
 
 GRAVITY = 10.0
 TIME_STEP = 0.05
@@ -21,7 +23,6 @@ MEAN_COST = 16.2736044 / 2  # half the highest cost: hanging down at full speed 
 class EnvState(environment.EnvState):
     """time: steps taken, int32 (); physics: theta, theta_dot, float32 (2,)."""
 
-    time: jax.Array
     physics: jax.Array
 
 
@@ -60,18 +61,9 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
     agrees to 1e-5, and from the same start a whole episode's return to 1e-3.
     """
 
-    def __init__(self, max_episode_length: int = 200, name: str = "PositionOnlyPendulum"):
+    def __init__(self, max_episode_length: int = 200, name: str | None = None):
         self.max_episode_length = max_episode_length
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def num_actions(self) -> int:
-        """Size of the action vector: one torque."""
-        return 1
+        super().__init__(name)
 
     @property
     def default_params(self) -> EnvParams:
@@ -79,11 +71,15 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
 
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """Any angle, a low speed: observation float32 (2,) and state."""
-        key_state, key_observe = jax.random.split(key)
-        unit = jax.random.uniform(key_state, (2,), minval=-1.0, maxval=1.0)
+        key_state, key_observe = self.reset_keys(key)
+        unit = prng.uniform(prng.bits(key_state, 2), -1.0, 1.0)
         physics = unit * jnp.array([jnp.pi, 1.0])
         state = EnvState(time=jnp.zeros((), jnp.int32), physics=physics)
         return self.observe(key_observe, state, None, params), state
+
+    def reset_keys(self, key: jax.Array) -> jax.Array:
+        """Keys of a fresh state and of the noise on its observation, (2,)."""
+        return prng.split(key, 2)
 
     def step_env(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
@@ -130,7 +126,7 @@ class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
         self,
         noise_sigma: float = 0.1,
         max_episode_length: int = 200,
-        name: str = "NoisyPositionOnlyPendulum",
+        name: str | None = None,
     ):
         super().__init__(max_episode_length, name)
         self.noise_sigma = noise_sigma
@@ -143,7 +139,7 @@ class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
 
     def sample_noise(self, key: jax.Array, params: NoisyEnvParams) -> jax.Array:
         """Noise on cos(theta) and sin(theta), float32 (2,)."""
-        return params.noise_sigma * jax.random.normal(key, (2,))
+        return params.noise_sigma * prng.normal(prng.bits(key, 2))
 
     def observe(
         self, key: jax.Array, state: EnvState, action: jax.Array | None, params: NoisyEnvParams

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from gymnax.environments import environment, spaces
+from gymnax.environments import spaces
 
-from popgym_jax import cards
+from popgym_jax import cards, environment
 
 
 @struct.dataclass
@@ -15,7 +15,6 @@ class EnvState(environment.EnvState):
     """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
     target: suit of the first card, int32 ()."""
 
-    time: jax.Array
     remaining: jax.Array
     target: jax.Array
 
@@ -43,20 +42,12 @@ class RepeatFirst(environment.Environment[EnvState, EnvParams]):
     the last card is shown but there is no answer to it.
     """
 
-    def __init__(self, num_decks: int = 1, name: str = "RepeatFirst"):
+    def __init__(self, num_decks: int = 1, name: str | None = None):
         if num_decks < 1:
             raise ValueError(f"num_decks must be at least 1, got {num_decks}")
         self.num_decks = num_decks
         self.episode_length = num_decks * cards.DECK_SIZE - 1
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def num_actions(self) -> int:
-        return cards.NUM_SUITS
+        super().__init__(name)
 
     @property
     def default_params(self) -> EnvParams:

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from gymnax.environments import environment, spaces
+from gymnax.environments import spaces
 
-from popgym_jax import cards
+from popgym_jax import cards, environment
 
 
 @struct.dataclass
@@ -15,7 +15,6 @@ class EnvState(environment.EnvState):
     """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
     history: suits of the last k cards, oldest first, int8 (k,), zeros before the first card."""
 
-    time: jax.Array
     remaining: jax.Array
     history: jax.Array
 
@@ -45,7 +44,7 @@ class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
     k - 1 observations and not k; the last card is shown but there is no answer to it.
     """
 
-    def __init__(self, num_decks: int = 1, k: int = 4, name: str = "RepeatPrevious"):
+    def __init__(self, num_decks: int = 1, k: int = 4, name: str | None = None):
         num_cards = num_decks * cards.DECK_SIZE
         if not 1 <= k < num_cards:
             raise ValueError(f"k must be 1 to {num_cards - 1} with {num_cards} cards, got {k}")
@@ -53,15 +52,7 @@ class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
         self.k = k
         self.episode_length = num_cards - 1
         self.num_graded = num_cards - k
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def num_actions(self) -> int:
-        return cards.NUM_SUITS
+        super().__init__(name)
 
     @property
     def default_params(self) -> EnvParams:

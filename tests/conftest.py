@@ -134,6 +134,11 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
     return jnp.asarray(rng.normal(size=(T, B, features)), jnp.float32), jnp.asarray(start, jnp.float32)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--episodes", type=int, default=200, help="episodes an id in the lock step with popgym")
+    parser.addoption("--lockstep-report", help="append a CSV row for each id and direction to this file")
+
+
 @pytest.fixture(params=ARCHS)
 def net(request: pytest.FixtureRequest) -> Net:
     return cached_net(request.param)

@@ -1,0 +1,125 @@
+"""What all environments of this package share: gymnax's interface with a cheaper auto-reset."""
+
+import math
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from gymnax.environments import environment, spaces
+
+from popgym_jax import prng
+
+TEnvState = TypeVar("TEnvState", bound="EnvState")
+TEnvParams = TypeVar("TEnvParams", bound="EnvParams")
+
+CHUNK = 128  # environments that are reset together where a reset is costly
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """time: steps taken in this episode, int32 ()."""
+
+    time: jax.Array
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """max_steps_in_episode: the longest possible episode."""
+
+    max_steps_in_episode: int = 1
+
+
+class Environment(environment.Environment[TEnvState, TEnvParams]):
+    """A gymnax environment with a name and an auto-reset that costs what it needs to cost.
+
+    `reset(key, params) -> obs, state` and `step(key, state, action, params) -> obs, state, reward,
+    terminated, truncated, info`, as in gymnax, where `step` opens a new episode itself and
+    `info["final_observation"]` is the last observation of the old one (of every step, in fact).
+    gymnax computes a reset at every step; here `step`, vmapped or not, does so only when an episode
+    ends, and where a reset is costly (`costly_reset`) only for the environments that need it.
+
+    obs_requires_prev_action: the reference says that an agent should see its previous action.
+    """
+
+    costly_reset = False
+    obs_requires_prev_action = False
+
+    def __init__(self, name: str | None = None):
+        self._name = name or type(self).__name__
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def num_actions(self) -> int:
+        """Number of discrete actions, or the size of a continuous action."""
+        space = self.action_space(self.default_params)
+        return space.n if isinstance(space, spaces.Discrete) else math.prod(space.shape)
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: jax.Array, state: Any, action: Any, params: Any = None
+    ) -> tuple[Any, Any, jax.Array, jax.Array, jax.Array, dict[Any, Any]]:
+        """One step, and a fresh episode after the last one: see the class."""
+        params = self.default_params if params is None else params
+        obs, state, reward, terminated, info = self.step_env(key, state, action, params)
+        truncated = self.is_truncated(state, params)
+        ends = {"terminated": terminated, "truncated": truncated, "final_observation": obs}
+        done = terminated | truncated
+        obs, state = self._reset_where(done, key, params, (obs, state))
+        return obs, state, reward, terminated, truncated, {**info, **ends}
+
+    def _reset_where(self, done: jax.Array, key: jax.Array, params: Any, current: Any) -> Any:
+        """Observation and state, replaced by fresh ones where `done`; vmap has its own rule."""
+
+        @jax.custom_batching.custom_vmap
+        def reset_where(done, key, params, current):
+            return jax.lax.cond(done, lambda: self._fresh(key, params), lambda: current)
+
+        @reset_where.def_vmap
+        def batched(size, is_batched, done, key, params, current):
+            def stacked(x, yes):
+                return x if yes else jnp.broadcast_to(x, (size, *jnp.shape(x)))
+
+            rows = jax.tree.map(stacked, (done, key, current), (*is_batched[:2], is_batched[3]))
+            axes = jax.tree.map(lambda yes: 0 if yes else None, is_batched[2])
+            reset = _reset_chunks if self.costly_reset and size > CHUNK else _reset_all
+            current = reset(self._fresh, *rows, params, axes)
+            return current, jax.tree.map(lambda _: True, current)
+
+        return reset_where(done, key, params, current)
+
+    def _fresh(self, key: jax.Array, params: Any) -> Any:
+        """Observation and state of a fresh episode after a step with this key."""
+        return self.reset_env(prng.reset_key(key), params)
+
+
+def _reset_all(fresh: Any, done: Any, key: Any, current: Any, params: Any, axes: Any) -> Any:
+    """If any is done, reset all and keep what is needed; done (B,), leaves (B, ...)."""
+
+    def with_resets():
+        def choose(new, old):
+            return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, jax.vmap(fresh, (0, axes))(key, params), current)
+
+    return jax.lax.cond(done.any(), with_resets, lambda: current)
+
+
+def _reset_chunks(fresh: Any, done: Any, key: Any, current: Any, params: Any, axes: Any) -> Any:
+    """Reset those that are done, CHUNK at a time; done (B,), leaves (B, ...)."""
+    size = len(done)
+
+    def reset_some(loop):
+        left, current = loop
+        chosen = jnp.nonzero(left, size=CHUNK, fill_value=size)[0]  # beyond the end: none
+        row = jnp.minimum(chosen, size - 1)
+        some_params = jax.tree.map(lambda x, axis: x if axis is None else x[row], params, axes)
+        some = jax.vmap(fresh, (0, axes))(key[row], some_params)
+        current = jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), current, some)
+        return left.at[chosen].set(False, mode="drop"), current
+
+    return jax.lax.while_loop(lambda loop: loop[0].any(), reset_some, (done, current))[1]

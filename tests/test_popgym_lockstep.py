@@ -1,0 +1,35 @@
+"""Every environment of popgym_jax against the reference package popgym, step for step, in both directions.
+
+`pytest tests/test_popgym_lockstep.py --episodes 2000 --lockstep-report FILE` is the longer run that
+results/popgym_lockstep.md records.
+"""
+
+import csv
+
+import pytest
+
+import popgym_jax
+from popgym_jax.registration import DIFFICULTIES, FAMILIES
+from tests.reference import Bridge, assert_same, backward, cards, forward, make_reference, physics
+
+BRIDGES: dict[str, Bridge] = cards.BRIDGES | physics.BRIDGES
+
+
+def test_every_family_is_compared():
+    assert set(BRIDGES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("replay", [forward, backward])
+@pytest.mark.parametrize("name", popgym_jax.registered_envs)
+def test_lock_step_with_the_reference(name, replay, request):
+    episodes = request.config.getoption("--episodes")
+    family = next(name.removesuffix(level) for level in DIFFICULTIES if name.endswith(level))
+    bridge = BRIDGES[family]
+    env, params = popgym_jax.make(name)
+    theirs, ours = replay(bridge, env, params, make_reference(name), episodes, seed=1)
+    assert_same(bridge, theirs, ours)
+    report = request.config.getoption("--lockstep-report")
+    if report:
+        steps, ends = int(ours.length.sum()), [int(theirs.terminated.sum()), int(theirs.truncated.sum())]
+        with open(report, "a", newline="") as file:
+            csv.writer(file).writerow([name, replay.__name__, episodes, steps, *ends])
