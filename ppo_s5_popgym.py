@@ -132,24 +132,14 @@ def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
 
 
 def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
-    """Step all environments and reset those whose episode ended.
+    """Step all environments; where an episode ends, the next one begins.
 
     Returns next_obs, which opens a new episode where one ended; final_obs, which closes the old one; state; reward
-    float (B,); terminated and truncated bool (B,). Resets are computed only at steps at which some episode ends.
+    float (B,); terminated and truncated bool (B,).
     """
-    step_key, reset_key = jax.random.split(key)
-    keys, env_params = jax.random.split(step_key, len(action)), setup.env_params
-    obs, state, reward, terminated, _ = jax.vmap(setup.env.step_env, (0, 0, 0, None))(keys, state, action, env_params)
-    truncated = jax.vmap(setup.env.is_truncated, (0, None))(state, env_params)
-    done = terminated | truncated
-
-    def with_resets():
-        fresh = reset_envs(setup, reset_key, len(action))
-        expand = partial(lax.expand_dims, done)
-        return jax.tree.map(lambda f, old: jnp.where(expand(range(1, old.ndim)), f, old), fresh, (obs, state))
-
-    next_obs, next_state = lax.cond(jnp.any(done), with_resets, lambda: (obs, state))
-    return next_obs, obs, next_state, reward, terminated, truncated
+    keys, step = jax.random.split(key, len(action)), jax.vmap(setup.env.step, (0, 0, 0, None))
+    next_obs, state, reward, terminated, truncated, info = step(keys, state, action, setup.env_params)
+    return next_obs, info["final_observation"], state, reward, terminated, truncated
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
@@ -253,7 +243,9 @@ def make_memory(args: Args) -> list[nn.Module]:
         return [S5Layer(args) for _ in range(args.s5_layers)]
     if args.arch == "attention":
         return [common.Attention(args.s5_width, args.s5_layers, args.attention_window)]
-    return [common.GRU(args.s5_width) if args.arch == "gru" else common.Memoryless(args.s5_width)]
+    if args.arch == "gru":
+        return [common.Recurrent(args.s5_width, nn.GRUCell)]
+    return [common.Memoryless(args.s5_width)]
 
 
 class ActorCritic(nn.Module):

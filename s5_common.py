@@ -209,23 +209,23 @@ class Memoryless(Memory):
         return carry, nn.leaky_relu(self.dense(x))
 
 
-class GRU(Memory):
-    """flax's GRU cell. The carry is the hidden state, float (B, H)."""
+class Recurrent(Memory):
+    """A recurrent cell of flax, GRU or LSTM. The carry is the cell's: float (B, H), for the LSTM two of them."""
+
+    cell_class: type[nn.RNNCellBase]
 
     def setup(self):
-        self.cell = nn.GRUCell(self.width)
+        self.cell = self.cell_class(self.width)
 
-    def initial_carry(self, batch: int) -> Array:
-        return jnp.zeros((batch, self.width))
+    def initial_carry(self, batch: int) -> Any:
+        return self.cell_class(self.width, parent=None).initialize_carry(jax.random.key(0), (batch, self.width))
 
-    def scan(self, carry: Array, x: Array, start: Array) -> tuple[Array, Array]:
-        def body(gru, hidden, inputs):
-            return gru.step((), hidden, *inputs)
+    def scan(self, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
+        options = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+        return nn.scan(lambda memory, c, xs: memory.step((), c, *xs), **options)(self, carry, (x, start))
 
-        return nn.scan(body, variable_broadcast="params", split_rngs={"params": False})(self, carry, (x, start))
-
-    def step(self, kernels: tuple, carry: Array, x: Array, start: Array) -> tuple[Array, Array]:
-        return self.cell(carry * (1.0 - start)[:, None], x)
+    def step(self, kernels: tuple, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
+        return self.cell(jax.tree.map(lambda c: c * (1.0 - start)[:, None], carry), x)
 
 
 class Attention(Memory):

@@ -10,7 +10,7 @@ Three contenders read the same input (T, B, H):
     paper   S5 as Lu et al. 2023, section 3.1, write it: for each sequence a complex associative scan of three-part
             elements under the operator ⊕, the stored state put before them as one more element, complex B and C,
             discretised in every call; to act is to scan a sequence of one step
-    gru     s5_common.GRU of the same width. ONE layer, as in the paper, beside a stack of several S5 layers
+    gru     a GRU of the same width. ONE layer, as in the paper, beside a stack of several S5 layers
 
 ours and paper share their parameters; before anything is timed, their outputs and gradients have to agree.
 Shapes: T time, B environments, H model width, P complex states.
@@ -188,7 +188,7 @@ def make_contenders(model: ppo.Args, batch: int) -> dict[str, Contender]:
     ours = make([ppo.S5Layer(model) for _ in range(model.s5_layers)])
     paper_carry = [common.packed_to_complex(state) for state in ours.carry]
     paper = Contender(paper_scan, paper_act, paper_parameters(ours.params), paper_carry)
-    return {"ours": ours, "paper": paper, "gru": make([common.GRU(model.s5_width)])}
+    return {"ours": ours, "paper": paper, "gru": make([common.Recurrent(model.s5_width, nn.GRUCell)])}
 
 
 def stack_flops(model: ppo.Args, tokens: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+import s5_common as common
 
 
 class Timing(NamedTuple):
@@ -59,10 +60,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: in
 
 
 def machine() -> dict[str, Any]:
-    """The device and the versions that a figure belongs to."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}"
-    return {"device": device, "versions": {"python": platform.python_version()} | versions}
+    """The device, the commit and the versions that a figure belongs to."""
+    about = common.provenance()
+    return about | {"device": f"{about['device']}, {os.cpu_count()} CPU cores, {platform.machine()}"}
 
 
 def save_json(path: str, content: dict[str, Any]) -> None:

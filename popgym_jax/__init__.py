@@ -1,5 +1,32 @@
 """POPGym (Morad et al. 2023) in pure JAX with the gymnax 1.x API: `env, params = make(name)`."""
 
-from popgym_jax.registration import UnknownEnvironmentError, make, registered_envs
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["UnknownEnvironmentError", "make", "registered_envs"]
+from popgym_jax.registration import UnknownEnvironmentError, make, registered_envs
+from popgym_jax.wrappers import EpisodeStatistics, PreviousActionAndStart
+
+if TYPE_CHECKING:
+    from popgym_jax.gymnasium_view import to_gymnasium, to_gymnasium_vector
+
+__all__ = [
+    "EpisodeStatistics",
+    "PreviousActionAndStart",
+    "UnknownEnvironmentError",
+    "make",
+    "registered_envs",
+    "to_gymnasium",
+    "to_gymnasium_vector",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The views for gymnasium, which is imported when one of them is first used."""
+    if name not in ("to_gymnasium", "to_gymnasium_vector"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from popgym_jax import gymnasium_view
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs gymnasium 1.1 or newer: pip install 'popgym-jax[gymnasium]' ({error})"
+        ) from error
+    return getattr(gymnasium_view, name)

@@ -5,6 +5,8 @@ first and king last, and every rank through the suits spades, diamonds, clubs, h
 is black, red, black, red. All functions take one environment and are meant for `jax.vmap`.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,15 @@ DECK_SIZE = 52
 NUM_SUITS = 4
 NUM_RANKS = 13
 NUM_COLOURS = 2
+
+KINDS = {"colors": NUM_COLOURS, "suits": NUM_SUITS, "ranks": NUM_RANKS}  # by the deck_type
+
+
+def num_kinds(deck_type: str, allowed: Iterable[str] = tuple(KINDS)) -> int:
+    """Number of colours, suits or ranks; ValueError for a deck_type that is not allowed."""
+    if deck_type not in allowed:
+        raise ValueError(f"deck_type must be {' or '.join(allowed)}, got {deck_type}")
+    return KINDS[deck_type]
 
 
 def suit(card: jax.Array) -> jax.Array:
@@ -53,15 +64,20 @@ def deal(key: jax.Array, remaining: jax.Array) -> jax.Array:
 def pick(word: jax.Array, remaining: jax.Array) -> jax.Array:
     """`deal` from a random word, uint32 ()."""
     kinds = remaining.shape[0]
-    # cards up to and including each kind, written as a sum because XLA's cumsum does not fuse
-    last_of_kind = jnp.sum(jnp.tril(jnp.ones((kinds, kinds), jnp.int32)) * remaining, axis=1)
+    # cards up to and including each kind, one by one: as a cumsum or a sum over a triangle of
+    # ones they would not fuse into a loop over environments
+    last_of_kind = [remaining[0]]
+    for kind in range(1, kinds):
+        last_of_kind.append(last_of_kind[-1] + remaining[kind])
     card = prng.integer(word, last_of_kind[-1])
-    return jnp.sum(card >= last_of_kind, dtype=jnp.int32)
+    kind = sum(((card >= last).astype(jnp.int32) for last in last_of_kind), jnp.int32(0))
+    return jax.lax.optimization_barrier(kind)  # or XLA computes it again for each use
 
 
 def without(remaining: jax.Array, kind: jax.Array) -> jax.Array:
     """The counts after one card of that kind has gone, int32 (kinds,)."""
-    return remaining - (jnp.arange(remaining.shape[0]) == kind)
+    # not remaining - (.. == kind), whose conversion of a comparison makes it four times as slow
+    return jnp.where(jnp.arange(remaining.shape[0]) == kind, remaining - 1, remaining)
 
 
 def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:

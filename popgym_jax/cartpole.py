@@ -1,4 +1,5 @@
-"""CartPole without velocities, exact (PositionOnlyCartPole) or noisy (NoisyPositionOnlyCartPole).
+"""CartPole in part: positions, exact (PositionOnlyCartPole) or noisy (NoisyPositionOnlyCartPole),
+or velocities (VelocityOnlyCartPole).
 
 All quantities in SI units: x (m), x_dot (m/s), theta (rad, 0 is upright), theta_dot (rad/s).
 """
@@ -112,6 +113,26 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
 
     def observation_space(self, params: EnvParams) -> spaces.Box:
         return spaces.Box(-OBSERVATION_BOUND, OBSERVATION_BOUND, (2,))
+
+
+class VelocityOnlyCartPole(PositionOnlyCartPole):
+    """Balance the pole seeing only velocities (Morad et al. 2023, POPGym; popgym 1.0.7).
+
+    As PositionOnlyCartPole, but:
+
+    Observation: x_dot and theta_dot, float32 (2,), without bounds; at the reset x and theta.
+
+    Reference quirks kept: as the reset shows the positions, all later ones can be integrated.
+    """
+
+    def observe(
+        self, key: jax.Array, state: EnvState, action: jax.Array | None, params: EnvParams
+    ) -> jax.Array:
+        """x_dot and theta_dot, or x and theta at the reset, float32 (2,)."""
+        return state.physics[::2] if action is None else state.physics[1::2]
+
+    def observation_space(self, params: EnvParams) -> spaces.Box:
+        return spaces.Box(-np.inf, np.inf, (2,))
 
 
 class NoisyPositionOnlyCartPole(PositionOnlyCartPole):

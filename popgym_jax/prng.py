@@ -34,8 +34,8 @@ def threefry(
 
 def blocks(key: jax.Array, count: int, stream: int = 0) -> tuple[jax.Array, jax.Array]:
     """Blocks 0 .. count - 1 of a key, each 64 random bits: two uint32 (count,)."""
-    data = jax.random.key_data(key)
-    return threefry((data[0], data[1]), (np.uint32(stream), jnp.arange(count, dtype=jnp.uint32)))
+    data, low = jax.random.key_data(key), jnp.arange(count, dtype=jnp.uint32)
+    return threefry((data[0], data[1]), (jnp.full_like(low, stream), low))
 
 
 def bits(key: jax.Array, count: int) -> jax.Array:

@@ -5,7 +5,19 @@ from typing import Any
 
 from gymnax.environments.environment import Environment
 
-from popgym_jax.cartpole import NoisyPositionOnlyCartPole, PositionOnlyCartPole
+from popgym_jax.autoencode import Autoencode
+from popgym_jax.battleship import Battleship
+from popgym_jax.cartpole import (
+    NoisyPositionOnlyCartPole,
+    PositionOnlyCartPole,
+    VelocityOnlyCartPole,
+)
+from popgym_jax.concentration import Concentration
+from popgym_jax.count_recall import CountRecall
+from popgym_jax.higher_lower import HigherLower
+from popgym_jax.labyrinth import LabyrinthEscape, LabyrinthExplore
+from popgym_jax.minesweeper import MineSweeper
+from popgym_jax.multiarmed_bandit import MultiarmedBandit
 from popgym_jax.pendulum import NoisyPositionOnlyPendulum, PositionOnlyPendulum
 from popgym_jax.repeat_first import RepeatFirst
 from popgym_jax.repeat_previous import RepeatPrevious
@@ -32,6 +44,49 @@ FAMILIES: dict[str, tuple[type[Environment], tuple[dict[str, Any], ...]]] = {
     "NoisyPositionOnlyPendulum": (
         NoisyPositionOnlyPendulum,
         ({"noise_sigma": 0.1}, {"noise_sigma": 0.2}, {"noise_sigma": 0.3}),
+    ),
+    "VelocityOnlyCartPole": (
+        VelocityOnlyCartPole,
+        ({"max_episode_length": 200}, {"max_episode_length": 400}, {"max_episode_length": 600}),
+    ),
+    "Battleship": (Battleship, ({"board_size": 8}, {"board_size": 10}, {"board_size": 12})),
+    "MineSweeper": (
+        MineSweeper,
+        ({"difficulty": "easy"}, {"difficulty": "medium"}, {"difficulty": "hard"}),
+    ),
+    "MultiarmedBandit": (
+        MultiarmedBandit,
+        (
+            {"num_bandits": 10, "episode_length": 200},
+            {"num_bandits": 20, "episode_length": 400},
+            {"num_bandits": 30, "episode_length": 600},
+        ),
+    ),
+    "Autoencode": (Autoencode, ({"num_decks": 1}, {"num_decks": 2}, {"num_decks": 3})),
+    "CountRecall": (
+        CountRecall,
+        (
+            {"num_decks": 1, "deck_type": "colors"},
+            {"num_decks": 2, "deck_type": "suits"},
+            {"num_decks": 4, "deck_type": "ranks"},
+        ),
+    ),
+    "HigherLower": (HigherLower, ({"num_decks": 1}, {"num_decks": 2}, {"num_decks": 3})),
+    "Concentration": (
+        Concentration,
+        (
+            {"num_decks": 1, "deck_type": "colors"},
+            {"num_decks": 2, "deck_type": "colors"},
+            {"num_decks": 1, "deck_type": "ranks"},
+        ),
+    ),
+    "LabyrinthEscape": (
+        LabyrinthEscape,
+        ({"maze_dims": (10, 10)}, {"maze_dims": (14, 14)}, {"maze_dims": (18, 18)}),
+    ),
+    "LabyrinthExplore": (
+        LabyrinthExplore,
+        ({"maze_dims": (10, 10)}, {"maze_dims": (14, 14)}, {"maze_dims": (18, 18)}),
     ),
 }
 DIFFICULTIES = ("Easy", "Medium", "Hard")

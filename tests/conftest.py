@@ -64,10 +64,10 @@ def start_script(*flags: Any, cwd: Path, program: tuple[str, ...] = (str(SCRIPT)
     return subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+def finish(process: subprocess.Popen, code: int = 0, timeout: int = 180) -> tuple[str, str]:
     """Its stdout and stderr, once it has ended with the exit code that is expected."""
     try:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"

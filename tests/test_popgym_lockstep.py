@@ -10,9 +10,9 @@ import pytest
 
 import popgym_jax
 from popgym_jax.registration import DIFFICULTIES, FAMILIES
-from tests.reference import Bridge, assert_same, backward, cards, forward, make_reference, physics
+from tests.reference import Bridge, assert_same, backward, bandit, boards, cards, forward, make_reference, mazes, physics
 
-BRIDGES: dict[str, Bridge] = cards.BRIDGES | physics.BRIDGES
+BRIDGES: dict[str, Bridge] = cards.BRIDGES | physics.BRIDGES | boards.BRIDGES | bandit.BRIDGES | mazes.BRIDGES
 
 
 def test_every_family_is_compared():

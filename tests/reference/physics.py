@@ -96,6 +96,7 @@ class NoisyPendulum(Noisy):
 BRIDGES = {
     "PositionOnlyCartPole": CartPole(),
     "NoisyPositionOnlyCartPole": NoisyCartPole(),
+    "VelocityOnlyCartPole": CartPole(),
     "PositionOnlyPendulum": Pendulum(),
     "NoisyPositionOnlyPendulum": NoisyPendulum(),
 }

@@ -1,0 +1,141 @@
+"""Steps per second of every environment of popgym_jax beside the reference package popgym, in one run on one machine.
+
+    python benchmarks/popgym_envs.py                             # all 48, about 10 minutes on 2 CPU cores
+    python benchmarks/popgym_envs.py --envs RepeatHard --quick   # a look, in half a minute
+
+The reference steps one environment in Python, with its raw observation; "flat" adds gymnasium's flatten, which turns it
+into the vector that popgym_jax gives. popgym_jax steps B environments in a compiled scan, B = 1, 64 and 4096, which
+splits the keys, resets what has ended and keeps every observation. Actions are drawn beforehand on both sides. All
+contenders take turns; the table gives medians. "jax.random" is B = 4096 again with the keys split by jax.random.split
+instead of popgym_jax.prng.split, which returns the same keys.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax
+import popgym.envs  # noqa: F401  (registers the reference's ids with gymnasium)
+import tyro
+from gymnasium.spaces.utils import flatten
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import popgym_jax
+import s5_common as common
+from benchmarks.timing import machine, print_table, save_json, time_in_turn, timed_compile
+from popgym_jax import prng
+
+BATCHES = (1, 64, 4096)
+COLUMNS = ("popgym", "flat", *(f"B = {B}" for B in BATCHES), "jax.random")
+HEADER = ("environment", *COLUMNS, "ratio", "to flat", "compile s")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Environment speed, popgym_jax beside popgym."""
+
+    envs: tuple[str, ...] = popgym_jax.registered_envs  # environments to measure
+    repeats: int = 5  # rounds, in each of which every contender is timed once
+    reference_steps: int = 10_000  # steps of the reference in a round
+    length: int = 1024  # time steps of a scan; as long as the longest episode, so that resets have their share
+    quick: bool = False  # fewer rounds and steps, to see that it works
+    json: str = ""  # also write all numbers to this file
+
+
+def reference_play(name: str, steps: int) -> dict[str, Any]:
+    """Functions that take so many steps of the reference, with its raw observation and with the flat one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mazes warn that memory does not help there
+        spelling = name.replace("VelocityOnlyCartPole", "VelocityOnlyCartpole")
+        env = gymnasium.make(f"popgym-{spelling}-v0", disable_env_checker=True).unwrapped
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(steps)]
+    env.reset(seed=0)
+
+    def raw():
+        for action in actions:
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+
+    def flat():
+        for action in actions:
+            obs, _, terminated, truncated, _ = env.step(action)
+            flatten(env.observation_space, obs)
+            if terminated or truncated:
+                flatten(env.observation_space, env.reset()[0])
+
+    return {"popgym": raw, "flat": flat}
+
+
+def our_play(name: str, batch: int, length: int, split: Any) -> tuple[Any, float, int]:
+    """A function that takes length x batch steps, the seconds that it took to compile, and its number of steps."""
+    env, params = popgym_jax.make(name)
+    space, key = env.action_space(params), jax.random.key(0)
+    actions = jax.jit(jax.vmap(jax.vmap(space.sample)))(jax.random.split(key, (length, batch)))
+    opening = jax.jit(jax.vmap(env.reset, (0, None)))(split(key, batch), params)
+
+    def scan(opening, key, actions):
+        def step(current, inputs):
+            key, action = inputs
+            obs, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(split(key, batch), current[1], action, params)
+            return (obs, state), reward.mean()  # the carry keeps the observation alive
+
+        return jax.lax.scan(step, opening, (jax.random.split(key, length), actions))
+
+    compiled, seconds = timed_compile(scan, opening, key, actions)
+    return (lambda: compiled(opening, key, actions)), seconds, length * batch
+
+
+def measure(name: str, args: Args) -> dict[str, Any]:
+    """All rates of one environment, in steps per second."""
+    calls = reference_play(name, args.reference_steps)
+    steps = dict.fromkeys(calls, args.reference_steps)
+    compile_seconds = {}
+    contenders = {f"B = {B}": (B, prng.split) for B in BATCHES} | {"jax.random": (BATCHES[-1], jax.random.split)}
+    for label, (batch, split) in contenders.items():
+        length = args.length * (16 if batch == 1 else 1)
+        calls[label], compile_seconds[label], steps[label] = our_play(name, batch, length, split)
+    seconds = time_in_turn(calls, args.repeats)
+    rates = {label: steps[label] / taken.median for label, taken in seconds.items()}
+    largest = f"B = {BATCHES[-1]}"
+    ratios = {"ratio": rates[largest] / rates["popgym"], "to_flat": rates[largest] / rates["flat"]}
+    return {"env": name, "steps_per_second": rates} | ratios | {"compile_seconds": compile_seconds[largest]}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    rates = [f"{rate:,.0f}" for rate in row["steps_per_second"].values()]
+    return [row["env"], *rates, f"{row['ratio']:.0f}x", f"{row['to_flat']:.0f}x", f"{row['compile_seconds']:.2f}"]
+
+
+def main() -> int:
+    args = tyro.cli(Args)
+    if args.quick:
+        args = Args(args.envs, repeats=1, reference_steps=1000, length=64, json=args.json)
+    try:
+        names = [popgym_jax.make(name)[0].name for name in args.envs]
+    except popgym_jax.UnknownEnvironmentError as error:
+        raise common.UsageError(f"--envs: {error}") from None
+    rows = []
+    for name in names:
+        print(f"measuring {name}", file=sys.stderr)
+        rows.append(measure(name, args))
+    about = machine()
+    print(
+        f"{about['device']}; steps per second, medians of {args.repeats} rounds; ratio = B = {BATCHES[-1]} to popgym\n"
+    )
+    print_table(HEADER, [cells(row) for row in rows])
+    if args.json:
+        save_json(args.json, {"args": vars(args), "rows": rows} | about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_main(main))

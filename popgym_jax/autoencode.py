@@ -1,0 +1,133 @@
+"""Autoencode: a stack of cards goes by, then the answers are its suits in reverse order."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gymnax.environments import spaces
+
+from popgym_jax import cards, environment
+
+PLAY, WATCH = 0, 1
+SUITS_PER_WORD = 16  # two bits each
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
+    seen: suits in the order in which they were dealt, 16 to a word, first card in the lowest two
+    bits of the first word, uint32 (ceil(N / 16),)."""
+
+    remaining: jax.Array
+    seen: jax.Array
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """max_steps_in_episode: 2 N - 1; for information, the last answer is what ends an episode."""
+
+    max_steps_in_episode: int = 103
+
+
+class Autoencode(environment.Environment[EnvState, EnvParams]):
+    """Watch a stack of cards, then recite it backwards (Morad et al. 2023, POPGym; popgym 1.0.7).
+
+    N = 52 num_decks cards are dealt from a shuffled stack: in mode WATCH (1), one at the reset and
+    one per step. The step that deals the last card switches to mode PLAY (0), in which N answers
+    are due: the suit of the last card first, that of the first card last.
+
+    Observation: mode one-hot, suit one-hot, float32 (6,): (WATCH, suit of the card just dealt), for
+        the last card (PLAY, its suit), after every answer (PLAY, suit 0).
+    Action: a suit 0..3, integer (); of no effect in WATCH.
+    Reward: 0 in WATCH; in PLAY +1/N if the action is the suit asked for, else -1/N, float32 ().
+    Return: in [-1, 1]; perfect 1, random -0.5.
+    Episode: 2 N - 1 steps, N of them graded: 103, 207, 311 for Easy, Medium, Hard with 1, 2, 3
+        decks.
+    End: terminated with the answer for the first card; never truncated.
+
+    Reference quirks kept: the last card is shown together with PLAY, and the first answer is that
+    very card; in PLAY the suit part shows spades, which is not to be told from a real spade.
+    """
+
+    def __init__(self, num_decks: int = 1, name: str | None = None):
+        if num_decks < 1:
+            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
+        self.num_decks = num_decks
+        self.num_cards = num_decks * cards.DECK_SIZE
+        super().__init__(name)
+
+    @property
+    def default_params(self) -> EnvParams:
+        return EnvParams(max_steps_in_episode=2 * self.num_cards - 1)
+
+    def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
+        """Suit of the next card, int32 (): the only randomness; in PLAY it is not looked at."""
+        return cards.deal(key, remaining)
+
+    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+        """Deal the first card: observation float32 (6,) and state."""
+        full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
+        suit = self.deal(key, full)
+        words = -(-self.num_cards // SUITS_PER_WORD)
+        state = EnvState(
+            time=jnp.zeros((), jnp.int32),
+            remaining=cards.without(full, suit),
+            seen=suit_at(jnp.int32(0), suit, words),
+        )
+        return mode_and_suit(jnp.int32(WATCH), suit), state
+
+    def step_env(
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+    ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
+        """Deal, or grade the action: observation (6,), state, reward, terminated, {}."""
+        dealt = state.time + 1  # cards on the table, while watching
+        watching = dealt < self.num_cards
+        scale = jnp.float32(1 / self.num_cards)
+        asked = suit_from(state.seen, 2 * self.num_cards - 1 - dealt)
+        reward = jnp.where(watching, 0.0, jnp.where(action == asked, scale, -scale))
+        suit = jnp.where(watching, self.deal(key, state.remaining), 0)
+        new = suit_at(dealt, suit, len(state.seen))  # beyond the last word in PLAY, or zero
+        state = EnvState(
+            time=state.time + 1,
+            remaining=cards.without(state.remaining, jnp.where(watching, suit, -1)),
+            seen=state.seen | new,
+        )
+        mode = jnp.where(dealt + 1 < self.num_cards, WATCH, PLAY)
+        observation = mode_and_suit(mode, suit)
+        return observation, state, reward, self.is_terminated(state, params), {}
+
+    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """All suits have been asked for, bool ()."""
+        return state.time >= 2 * self.num_cards - 1
+
+    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """Never, bool ()."""
+        return jnp.zeros((), bool)
+
+    def action_space(self, params: EnvParams) -> spaces.Discrete:
+        return spaces.Discrete(cards.NUM_SUITS)
+
+    def observation_space(self, params: EnvParams) -> spaces.Box:
+        return spaces.Box(0.0, 1.0, (2 + cards.NUM_SUITS,))
+
+
+def mode_and_suit(mode: jax.Array, suit: jax.Array) -> jax.Array:
+    """Both one-hot, float32 (6,)."""
+    return jnp.concatenate([cards.one_hot(mode, 2), cards.one_hot(suit, cards.NUM_SUITS)])
+
+
+def suit_at(place: jax.Array, suit: jax.Array, words: int) -> jax.Array:
+    """That suit at a place 0, 1, .. of packed suits, zeros elsewhere, uint32 (words,)."""
+    shift = 2 * (place % SUITS_PER_WORD).astype(jnp.uint32)
+    here = jnp.arange(words) == place // SUITS_PER_WORD
+    return jnp.where(here, suit.astype(jnp.uint32) << shift, np.uint32(0))
+
+
+def suit_from(packed: jax.Array, place: jax.Array) -> jax.Array:
+    """The suit at a place of packed suits, int32 ()."""
+    shift = 2 * (place % SUITS_PER_WORD).astype(jnp.uint32)
+    here = jnp.arange(len(packed)) == place // SUITS_PER_WORD
+    word = jnp.sum(jnp.where(here, packed, np.uint32(0)), dtype=jnp.uint32)
+    return ((word >> shift) & np.uint32(3)).astype(jnp.int32)

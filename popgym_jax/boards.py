@@ -1,0 +1,69 @@
+"""Sets of squares of a board as bits: square i is bit i % 32 of word i // 32.
+
+Squares are counted row by row, as actions are. A question about one square then costs a few
+operations on as many words as it takes, ceil(number of squares / 32), and neither a gather nor a
+scatter. All functions take one environment and are meant for `jax.vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popgym_jax import prng
+
+WORD = 32  # bits
+UP_TO_BIT = (np.uint64(2) << np.arange(WORD, dtype=np.uint64)).astype(np.uint32) - np.uint32(1)
+
+
+def num_words(num_squares: int) -> int:
+    return -(-num_squares // WORD)
+
+
+def pack(squares: np.ndarray) -> np.ndarray:
+    """Boards of bool (..., num_squares) as bits: uint32 (..., words)."""
+    missing = -squares.shape[-1] % WORD
+    padded = np.pad(squares, [(0, 0)] * (squares.ndim - 1) + [(0, missing)])
+    in_words = padded.reshape(*squares.shape[:-1], -1, WORD).astype(np.uint64)
+    return (in_words << np.arange(WORD, dtype=np.uint64)).sum(-1).astype(np.uint32)
+
+
+def square(index: jax.Array, words: int) -> jax.Array:
+    """The set of this one square, integer (): uint32 (words,)."""
+    bit = np.uint32(1) << jnp.uint32(index % WORD)
+    return jnp.where(jnp.arange(words) == index // WORD, bit, 0)
+
+
+def overlap(board: jax.Array, other: jax.Array) -> jax.Array:
+    """Whether two sets share a square, bool ()."""
+    return jnp.any((board & other) != 0)
+
+
+def count(board: jax.Array) -> jax.Array:
+    """Number of squares, int32 ()."""
+    return jnp.sum(jax.lax.population_count(board).astype(jnp.int32))
+
+
+def earlier(board: jax.Array, distance: int) -> jax.Array:
+    """The squares from which a square of the board is `distance` further on, uint32 (words,)."""
+    skipped, shift = divmod(distance, WORD)
+    padded = jnp.concatenate([board, jnp.zeros(skipped + 1, jnp.uint32)])
+    low = padded[skipped : skipped + len(board)]
+    high = padded[skipped + 1 : skipped + 1 + len(board)]
+    return (low >> shift) | (high << (WORD - shift)) if shift else low
+
+
+def choose(word: jax.Array, board: jax.Array) -> jax.Array:
+    """Index of one of the squares of a set that is not empty, uniformly, int32 ().
+
+    word: random, uint32 ()
+    """
+    counts = jax.lax.population_count(board).astype(jnp.int32)
+    place = jnp.arange(len(board))
+    # squares up to and including each word, written as a sum because XLA's cumsum does not fuse
+    up_to_word = jnp.sum(jnp.where(place <= place[:, None], counts, 0), axis=1)
+    rank = prng.integer(word, up_to_word[-1])  # of the square, from 0
+    chosen = jnp.sum(rank >= up_to_word, dtype=jnp.int32)
+    rank_in_word = rank - jnp.sum(jnp.where(place < chosen, counts, 0))
+    bits = jnp.sum(jnp.where(place == chosen, board, 0))  # uint32 ()
+    up_to_bit = jax.lax.population_count(bits & UP_TO_BIT).astype(jnp.int32)  # (32,)
+    return chosen * WORD + jnp.sum(rank_in_word >= up_to_bit, dtype=jnp.int32)

@@ -1,0 +1,175 @@
+"""Wrappers that are environments themselves: what an agent sees besides, and what a run reports."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gymnax.environments import spaces
+
+from popgym_jax import environment
+
+
+class Wrapper(environment.Environment[Any, Any]):
+    """An environment around another one, `env`, whose name, parameters and rules it keeps."""
+
+    def __init__(self, env: environment.Environment):
+        if isinstance(env, EpisodeStatistics):
+            raise ValueError("EpisodeStatistics must be the outermost wrapper")
+        self.env = env
+        self.costly_reset = env.costly_reset
+        self.obs_requires_prev_action = env.obs_requires_prev_action
+        super().__init__(env.name)
+
+    @property
+    def default_params(self) -> Any:
+        return self.env.default_params
+
+    def is_terminated(self, state: Any, params: Any) -> jax.Array:
+        return self.env.is_terminated(state, params)
+
+    def is_truncated(self, state: Any, params: Any) -> jax.Array:
+        return self.env.is_truncated(state, params)
+
+    def action_space(self, params: Any) -> Any:
+        return self.env.action_space(params)
+
+    def observation_space(self, params: Any) -> Any:
+        return self.env.observation_space(params)
+
+
+class PreviousActionAndStart(Wrapper):
+    """Shows the agent its previous action and whether an episode begins.
+
+    Observation: [observation of `env` | previous action | start flag], float32 (O + A + 1,); a
+        discrete action as a one-hot vector, a torque as the agent gave it, not clipped (the bounds
+        of the observation space are those of the action space all the same).
+
+    The first observation of every episode, also after an automatic reset, has zeros for the action
+    and 1 for the flag; `info["final_observation"]` has the last action and 0. The state is that of
+    `env`.
+
+    Unlike the reference's PreviousAction and Antialias, whose action before the first one is a
+    one-hot 0 (as if action 0 had been taken) and whose flag is a pair of numbers.
+    """
+
+    def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+        """Observation float32 (O + A + 1,) and the state of `env`."""
+        obs, state = self.env.reset_env(key, params)
+        return self._extended(obs, None, params), state
+
+    def step_env(
+        self, key: jax.Array, state: Any, action: Any, params: Any
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array, dict[Any, Any]]:
+        """A step of `env`: observation (O + A + 1,), state, reward, terminated, info."""
+        obs, state, reward, terminated, info = self.env.step_env(key, state, action, params)
+        return self._extended(obs, action, params), state, reward, terminated, info
+
+    def observe(self, key: jax.Array, state: Any, action: Any | None, params: Any) -> jax.Array:
+        """Observation float32 (O + A + 1,) where `env` can tell its own from a state."""
+        return self._extended(self.env.observe(key, state, action, params), action, params)
+
+    def _extended(self, obs: jax.Array, action: Any | None, params: Any) -> jax.Array:
+        space = self.env.action_space(params)
+        if action is None:
+            previous = jnp.zeros(self.num_actions, jnp.float32)
+        elif isinstance(space, spaces.Discrete):
+            previous = jax.nn.one_hot(action, space.n, dtype=jnp.float32)
+        else:
+            previous = jnp.reshape(action, self.num_actions).astype(jnp.float32)
+        start = jnp.full(1, action is None, jnp.float32)
+        return jnp.concatenate([obs, previous, start])
+
+    def observation_space(self, params: Any) -> spaces.Box:
+        seen, actions = self.env.observation_space(params), self.env.action_space(params)
+        one_hot = spaces.Box(0.0, 1.0, (self.num_actions,))
+        flag = spaces.Box(0.0, 1.0, (1,))
+        parts = [seen, one_hot if isinstance(actions, spaces.Discrete) else actions, flag]
+        low, high = (
+            np.concatenate([np.broadcast_to(getattr(part, end), part.shape) for part in parts])
+            for end in ("low", "high")
+        )
+        size = math.prod(seen.shape) + self.num_actions + 1
+        return spaces.Box(low.astype(np.float32), high.astype(np.float32), (size,))
+
+
+@struct.dataclass
+class StatisticsState(environment.EnvState):
+    """env_state: of the environment inside; time: steps taken in the running episode, int32 ().
+
+    running_return: of the running episode, float32 ()
+    last_return, last_length: of the last finished episode, float32 () and int32 (); NaN and 0
+        before there is one
+    episodes: number of finished episodes, int32 ()
+    """
+
+    env_state: Any
+    running_return: jax.Array
+    last_return: jax.Array
+    last_length: jax.Array
+    episodes: jax.Array
+
+
+class EpisodeStatistics(Wrapper):
+    """Reports return and length of every episode, across automatic resets.
+
+    `step` adds to info, beside what is there: "episode_ended", whether this step is the last of an
+    episode, bool (); "episode_return", float32 (), and "episode_length", int32 (), of the last
+    finished episode, this step's included, NaN and 0 before there is one; "episodes", how many have
+    finished since `reset`, int32 (). A return is the sum of rewards, added up in float32.
+
+    It must be the outermost wrapper, and has `reset` and `step` only, not `reset_env` and
+    `step_env`: what it counts outlives an episode.
+    """
+
+    @partial(jax.jit, static_argnames=("self",))
+    def reset(self, key: jax.Array, params: Any = None) -> tuple[Any, StatisticsState]:
+        """Observation and state of `env`, and nothing counted yet."""
+        obs, env_state = self.env.reset(key, params)
+        none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        state = StatisticsState(
+            time=none,
+            env_state=env_state,
+            running_return=zero,
+            last_return=jnp.full((), jnp.nan, jnp.float32),
+            last_length=none,
+            episodes=none,
+        )
+        return obs, state
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: jax.Array, state: StatisticsState, action: Any, params: Any = None
+    ) -> tuple[Any, StatisticsState, jax.Array, jax.Array, jax.Array, dict[Any, Any]]:
+        """A step of `env`, counted."""
+        obs, env_state, reward, terminated, truncated, info = self.env.step(
+            key, state.env_state, action, params
+        )
+        ended = terminated | truncated
+        # a maximum without effect: LLVM must not contract this sum with a product in the reward
+        term = jnp.maximum(reward, np.finfo(np.float32).min)
+        running_return, time = state.running_return + term, state.time + 1
+        state = StatisticsState(
+            time=jnp.where(ended, 0, time),
+            env_state=env_state,
+            running_return=jnp.where(ended, 0.0, running_return),
+            last_return=jnp.where(ended, running_return, state.last_return),
+            last_length=jnp.where(ended, time, state.last_length),
+            episodes=state.episodes + ended,
+        )
+        counted = {
+            "episode_ended": ended,
+            "episode_return": state.last_return,
+            "episode_length": state.last_length,
+            "episodes": state.episodes,
+        }
+        return obs, state, reward, terminated, truncated, {**info, **counted}
+
+    def is_terminated(self, state: StatisticsState, params: Any) -> jax.Array:
+        return self.env.is_terminated(state.env_state, params)
+
+    def is_truncated(self, state: StatisticsState, params: Any) -> jax.Array:
+        return self.env.is_truncated(state.env_state, params)

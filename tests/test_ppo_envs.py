@@ -1,0 +1,63 @@
+"""ppo_s5_popgym.py on every environment of popgym_jax."""
+
+import csv
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, finish, start_script, tiny_args, tiny_flags
+from gymnax.environments import spaces
+
+import popgym_jax
+import ppo_s5_popgym as ppo
+
+# Many command lines in one process: starting Python for each would take longer than training.
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import ppo_s5_popgym as ppo, s5_common as common
+envs, flags = sys.argv[1].split(","), sys.argv[2:]
+for env in envs:
+    sys.argv = ["ppo_s5_popgym.py", *flags, "--env", env, "--run-dir", env]
+    if code := common.run_main(ppo.main):
+        sys.exit(code)
+"""
+STEPS = 256
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run directory for every environment."""
+    folder, envs = tmp_path_factory.mktemp("runs"), popgym_jax.registered_envs
+    flags = tiny_flags(total_timesteps=STEPS)
+    halves = [",".join(envs[i::2]) for i in range(2)]
+    for process in [start_script(half, *flags, cwd=folder, program=("-c", PROGRAM)) for half in halves]:
+        finish(process, timeout=900)
+    return folder
+
+
+@pytest.mark.parametrize("env", popgym_jax.registered_envs)
+def test_a_short_budget_trains_on_every_environment(runs, env):
+    summary = json.loads((runs / env / "summary.json").read_text())
+    assert summary["env"] == env and summary["env_steps"] == STEPS
+    rows = list(csv.DictReader((runs / env / "metrics.csv").open()))
+    losses = [float(row[name]) for row in rows for name in ("policy_loss", "value_loss", "entropy", "grad_norm")]
+    assert rows and all(map(math.isfinite, losses))
+    assert all(float(row["grad_norm"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("env", [name for name in popgym_jax.registered_envs if name.endswith("Easy")])
+def test_the_agent_sees_its_previous_action_and_the_start_of_every_episode(env):
+    setup = ppo.make_setup(tiny_args(env=env, num_steps=64))
+    params = jax.jit(lambda key: ppo.init_runner(setup, key))(jax.random.PRNGKey(0))
+    _, rollout, _ = jax.jit(lambda runner: ppo.collect_rollout(setup, runner))(params)
+    space, action = setup.env.action_space(setup.env_params), np.asarray(rollout.action)
+    shown = action if isinstance(space, spaces.Box) else np.eye(space.n, dtype=np.float32)[action]
+    start, obs = np.asarray(rollout.start), np.asarray(rollout.obs)
+    seen, flag = obs[..., -shown.shape[-1] - 1 : -1], obs[..., -1]
+    np.testing.assert_array_equal(flag, start)
+    np.testing.assert_array_equal(flag[0], 1)
+    np.testing.assert_array_equal(seen[1:], shown[:-1] * (1 - start[1:, :, None]))
+    np.testing.assert_array_equal(start[1:], (rollout.terminated | rollout.truncated)[:-1])
