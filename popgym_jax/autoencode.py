@@ -88,7 +88,7 @@ class Autoencode(environment.Environment[EnvState, EnvParams]):
         asked = suit_from(state.seen, 2 * self.num_cards - 1 - dealt)
         reward = jnp.where(watching, 0.0, jnp.where(action == asked, scale, -scale))
         suit = jnp.where(watching, self.deal(key, state.remaining), 0)
-        new = suit_at(dealt, suit, len(state.seen))  # beyond the last word in PLAY, or zero
+        new = suit_at(dealt, suit, len(state.seen))  # nothing in PLAY, as suit 0 is no bit
         state = EnvState(
             time=state.time + 1,
             remaining=cards.without(state.remaining, jnp.where(watching, suit, -1)),

@@ -67,8 +67,8 @@ def pick(word: jax.Array, remaining: jax.Array) -> jax.Array:
     # cards up to and including each kind, one by one: as a cumsum or a sum over a triangle of
     # ones they would not fuse into a loop over environments
     last_of_kind = [remaining[0]]
-    for kind in range(1, kinds):
-        last_of_kind.append(last_of_kind[-1] + remaining[kind])
+    for i in range(1, kinds):
+        last_of_kind.append(last_of_kind[-1] + remaining[i])
     card = prng.integer(word, last_of_kind[-1])
     kind = sum(((card >= last).astype(jnp.int32) for last in last_of_kind), jnp.int32(0))
     return jax.lax.optimization_barrier(kind)  # or XLA computes it again for each use

@@ -54,7 +54,7 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
     End: terminated with the last pair; truncated at L; the last pair on the last step is both.
 
     Reference quirks kept: a card that was face up before ends the turn, even as the first card, and
-    takes the other card in play with it; L is the mean length of a game by a perfect player.
+    takes the other card in play with it; cards pair by kind alone, so any two reds do.
     """
 
     costly_reset = True
@@ -67,10 +67,8 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
         self.deck_type = deck_type
         # 13 cards of a suit cannot all be paired
         self.num_kinds = cards.num_kinds(deck_type, ("colors", "ranks"))
-        self.num_cards = num_decks * cards.DECK_SIZE
-        self.episode_length = math.ceil(
-            2 * self.num_cards - self.num_cards / (2 * self.num_cards - 1)
-        )
+        self.num_cards = n = num_decks * cards.DECK_SIZE
+        self.episode_length = math.ceil(2 * n - n / (2 * n - 1))
         super().__init__(name)
 
     @property

@@ -68,7 +68,8 @@ class CountRecall(environment.Environment[EnvState, EnvParams]):
         value_word, query_word = prng.blocks(key, 1)
         value = cards.pick(value_word[0], remaining_values)
         query = cards.pick(query_word[0], remaining_queries)
-        return jnp.stack([value, query])
+        # without the barrier XLA draws both again in each operation that uses one of them
+        return jax.lax.optimization_barrier(jnp.stack([value, query]))
 
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """Deal the first two cards: observation float32 (2 K,) and state."""

@@ -22,72 +22,33 @@ from popgym_jax.pendulum import NoisyPositionOnlyPendulum, PositionOnlyPendulum
 from popgym_jax.repeat_first import RepeatFirst
 from popgym_jax.repeat_previous import RepeatPrevious
 
-# family: its class, and the constructor arguments of Easy, Medium and Hard
-FAMILIES: dict[str, tuple[type[Environment], tuple[dict[str, Any], ...]]] = {
-    "RepeatFirst": (RepeatFirst, ({"num_decks": 1}, {"num_decks": 8}, {"num_decks": 16})),
-    "RepeatPrevious": (
-        RepeatPrevious,
-        ({"num_decks": 1, "k": 4}, {"num_decks": 2, "k": 32}, {"num_decks": 3, "k": 64}),
-    ),
-    "PositionOnlyCartPole": (
-        PositionOnlyCartPole,
-        ({"max_episode_length": 200}, {"max_episode_length": 400}, {"max_episode_length": 600}),
-    ),
-    "NoisyPositionOnlyCartPole": (
-        NoisyPositionOnlyCartPole,
-        ({"noise_sigma": 0.1}, {"noise_sigma": 0.2}, {"noise_sigma": 0.3}),
-    ),
-    "PositionOnlyPendulum": (
-        PositionOnlyPendulum,
-        ({"max_episode_length": 200}, {"max_episode_length": 150}, {"max_episode_length": 100}),
-    ),
-    "NoisyPositionOnlyPendulum": (
-        NoisyPositionOnlyPendulum,
-        ({"noise_sigma": 0.1}, {"noise_sigma": 0.2}, {"noise_sigma": 0.3}),
-    ),
-    "VelocityOnlyCartPole": (
-        VelocityOnlyCartPole,
-        ({"max_episode_length": 200}, {"max_episode_length": 400}, {"max_episode_length": 600}),
-    ),
-    "Battleship": (Battleship, ({"board_size": 8}, {"board_size": 10}, {"board_size": 12})),
-    "MineSweeper": (
-        MineSweeper,
-        ({"difficulty": "easy"}, {"difficulty": "medium"}, {"difficulty": "hard"}),
-    ),
-    "MultiarmedBandit": (
-        MultiarmedBandit,
-        (
-            {"num_bandits": 10, "episode_length": 200},
-            {"num_bandits": 20, "episode_length": 400},
-            {"num_bandits": 30, "episode_length": 600},
-        ),
-    ),
-    "Autoencode": (Autoencode, ({"num_decks": 1}, {"num_decks": 2}, {"num_decks": 3})),
-    "CountRecall": (
-        CountRecall,
-        (
-            {"num_decks": 1, "deck_type": "colors"},
-            {"num_decks": 2, "deck_type": "suits"},
-            {"num_decks": 4, "deck_type": "ranks"},
-        ),
-    ),
-    "HigherLower": (HigherLower, ({"num_decks": 1}, {"num_decks": 2}, {"num_decks": 3})),
+# family: its class, and its constructor's arguments in Easy, Medium and Hard
+FAMILIES: dict[str, tuple[type[Environment], dict[str, tuple[Any, Any, Any]]]] = {
+    "Autoencode": (Autoencode, {"num_decks": (1, 2, 3)}),
+    "Battleship": (Battleship, {"board_size": (8, 10, 12)}),
     "Concentration": (
         Concentration,
-        (
-            {"num_decks": 1, "deck_type": "colors"},
-            {"num_decks": 2, "deck_type": "colors"},
-            {"num_decks": 1, "deck_type": "ranks"},
-        ),
+        {"num_decks": (1, 2, 1), "deck_type": ("colors", "colors", "ranks")},
     ),
-    "LabyrinthEscape": (
-        LabyrinthEscape,
-        ({"maze_dims": (10, 10)}, {"maze_dims": (14, 14)}, {"maze_dims": (18, 18)}),
+    "CountRecall": (
+        CountRecall,
+        {"num_decks": (1, 2, 4), "deck_type": ("colors", "suits", "ranks")},
     ),
-    "LabyrinthExplore": (
-        LabyrinthExplore,
-        ({"maze_dims": (10, 10)}, {"maze_dims": (14, 14)}, {"maze_dims": (18, 18)}),
+    "HigherLower": (HigherLower, {"num_decks": (1, 2, 3)}),
+    "LabyrinthEscape": (LabyrinthEscape, {"maze_dims": ((10, 10), (14, 14), (18, 18))}),
+    "LabyrinthExplore": (LabyrinthExplore, {"maze_dims": ((10, 10), (14, 14), (18, 18))}),
+    "MineSweeper": (MineSweeper, {"difficulty": ("easy", "medium", "hard")}),
+    "MultiarmedBandit": (
+        MultiarmedBandit,
+        {"num_bandits": (10, 20, 30), "episode_length": (200, 400, 600)},
     ),
+    "NoisyPositionOnlyCartPole": (NoisyPositionOnlyCartPole, {"noise_sigma": (0.1, 0.2, 0.3)}),
+    "NoisyPositionOnlyPendulum": (NoisyPositionOnlyPendulum, {"noise_sigma": (0.1, 0.2, 0.3)}),
+    "PositionOnlyCartPole": (PositionOnlyCartPole, {"max_episode_length": (200, 400, 600)}),
+    "PositionOnlyPendulum": (PositionOnlyPendulum, {"max_episode_length": (200, 150, 100)}),
+    "RepeatFirst": (RepeatFirst, {"num_decks": (1, 8, 16)}),
+    "RepeatPrevious": (RepeatPrevious, {"num_decks": (1, 2, 3), "k": (4, 32, 64)}),
+    "VelocityOnlyCartPole": (VelocityOnlyCartPole, {"max_episode_length": (200, 400, 600)}),
 }
 DIFFICULTIES = ("Easy", "Medium", "Hard")
 
@@ -135,8 +96,11 @@ def make(name: str) -> tuple[Environment, Any]:
     """
     name = canonical_name(name)
     family, difficulty = next(
-        (name.removesuffix(level), level) for level in DIFFICULTIES if name.endswith(level)
+        (name.removesuffix(suffix), suffix) for suffix in DIFFICULTIES if name.endswith(suffix)
     )
     env_class, arguments = FAMILIES[family]
-    env = env_class(**arguments[DIFFICULTIES.index(difficulty)], name=name)
+    level = DIFFICULTIES.index(difficulty)
+    env = env_class(
+        **{argument: values[level] for argument, values in arguments.items()}, name=name
+    )
     return env, env.default_params

@@ -10,7 +10,18 @@ import pytest
 
 import popgym_jax
 from popgym_jax.registration import DIFFICULTIES, FAMILIES
-from tests.reference import Bridge, assert_same, backward, bandit, boards, cards, forward, make_reference, mazes, physics
+from tests.reference import (
+    Bridge,
+    assert_same,
+    backward,
+    bandit,
+    boards,
+    cards,
+    forward,
+    make_reference,
+    mazes,
+    physics,
+)
 
 BRIDGES: dict[str, Bridge] = cards.BRIDGES | physics.BRIDGES | boards.BRIDGES | bandit.BRIDGES | mazes.BRIDGES
 
@@ -28,8 +39,11 @@ def test_lock_step_with_the_reference(name, replay, request):
     env, params = popgym_jax.make(name)
     theirs, ours = replay(bridge, env, params, make_reference(name), episodes, seed=1)
     assert_same(bridge, theirs, ours)
-    report = request.config.getoption("--lockstep-report")
-    if report:
-        steps, ends = int(ours.length.sum()), [int(theirs.terminated.sum()), int(theirs.truncated.sum())]
+    if report := request.config.getoption("--lockstep-report"):
+        row = {"env": name, "replay": replay.__name__, "episodes": episodes, "steps": ours.length.sum()}
+        row |= {"terminated": theirs.terminated.sum(), "truncated": theirs.truncated.sum()}
         with open(report, "a", newline="") as file:
-            csv.writer(file).writerow([name, replay.__name__, episodes, steps, *ends])
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)

@@ -262,7 +262,7 @@ class FilterCartPole:
 
 
 class IntegrateCartPole:
-    """VelocityOnlyCartPole: the first observation is the position, velocities add up to later ones unless `forgetful`."""
+    """VelocityOnlyCartPole: the first observation is the position, later ones are sums of velocities."""
 
     def __init__(self, forgetful: bool = False):
         self.forgetful = forgetful

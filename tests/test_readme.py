@@ -87,3 +87,14 @@ def test_command_of_the_readme_runs(command, trained, tmp_path):
         flags += small
     out, err = finish(start_script(*flags, cwd=tmp_path))
     assert out and err == ""
+
+
+def test_the_python_examples_of_popgym_jax_run_one_after_the_other(capsys):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "popgym_jax" / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert float(capsys.readouterr().out) == pytest.approx(-0.5, abs=0.05)  # what its comment promises
+    assert names["envs"].num_envs == 64

@@ -1,8 +1,8 @@
-"""Lock step with popgym: play an episode on one side, put what was hidden and random into the other, play it again.
+"""Lock step with popgym: play an episode on one side, put what was hidden and drawn into the other, play it again.
 
-A ``Bridge`` says for one family how its hidden state crosses. `forward` takes episodes of the reference and replays them
-in popgym_jax; `backward` takes episodes of popgym_jax and replays them in the reference. Both return the two sides'
-``Episodes`` for ``assert_same``.
+A ``Bridge`` says for one family how its hidden state crosses. ``forward`` takes episodes of the reference and replays
+them in popgym_jax; ``backward`` takes episodes of popgym_jax and replays them in the reference. Both return the
+``Episodes`` of both sides for ``assert_same``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import numpy as np
 import popgym.envs  # noqa: F401  (registers the reference's ids with gymnasium)
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.spaces.utils import flatten
-
-
 
 
 class Episodes(NamedTuple):
@@ -76,7 +74,7 @@ class Bridge:
         return jnp.asarray(self.draw_like)
 
     def insert(self, reference: Any, state: Any, draws: np.ndarray) -> Any:
-        """Reset the reference into our first state, with our draws (T + 1, ...) to come. Returns its raw observation."""
+        """Reset the reference into our first state, with our draws (T + 1, ...) to come: its raw observation."""
         raise NotImplementedError
 
     def insert_step(self, reference: Any, state: Any, draw: np.ndarray) -> None:
@@ -135,9 +133,7 @@ def random_action(space: Any, rng: np.random.Generator) -> Any:
 def forward(bridge: Bridge, env: Any, params: Any, reference: Any, episodes: int, seed: int):
     """Episodes of the reference, and ours from its hidden state and with its draws."""
     rng = np.random.default_rng(seed)
-    played = [
-        _play(bridge, reference, rng, bridge.policies[i % len(bridge.policies)]) for i in range(episodes)
-    ]
+    played = [_play(bridge, reference, rng, bridge.policies[i % len(bridge.policies)]) for i in range(episodes)]
     steps = max(len(rows["action"]) for rows in played)
 
     def padded(column: str, length: int) -> Any:
@@ -223,7 +219,8 @@ def backward(bridge: Bridge, env: Any, params: Any, reference: Any, episodes: in
     played = jax.tree.map(np.asarray, jax.jit(jax.vmap(play, out_axes=(1, 0, 1, 1, 1)))(keys))
     outputs, first, actions, draws, states = played
     ours = _with_length(*outputs)
-    theirs = Episodes(*(np.zeros(x.shape) for x in ours[:2]), *(np.zeros(x.shape, bool) for x in ours[2:4]), ours.length)
+    obs, reward, *flags = (np.zeros_like(x, float if x.dtype != bool else bool) for x in ours[:4])
+    theirs = Episodes(obs, reward, *flags, ours.length)
     for i in range(episodes):
         raws = [bridge.insert(reference, jax.tree.map(lambda x, i=i: x[i], first), draws[:, i])]
         for t in range(ours.length[i]):
@@ -264,5 +261,3 @@ class Scripted:
 
     def __init__(self, **answers: Callable):
         self.__dict__.update(answers)
-
-

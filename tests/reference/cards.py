@@ -125,11 +125,9 @@ def pairs(reference: Any) -> int:
 def careless(reference: Any) -> int:
     """As `pairs`, but every fifth step it turns over a card that is in view, if there is one."""
     in_view = reference.deck["in_play_idx"] + reference.deck["face_up_idx"]
-    return (
-        int(in_view[reference.curr_step % len(in_view)])
-        if in_view and reference.curr_step % 5 == 3
-        else pairs(reference)
-    )
+    if reference.curr_step % 5 != 3 or not in_view:
+        return pairs(reference)
+    return int(in_view[reference.curr_step % len(in_view)])
 
 
 def slow(reference: Any) -> int:
