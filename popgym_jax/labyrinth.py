@@ -66,7 +66,7 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
     ):
         height, width = maze_dims
         if height != width or height % 2 or not 6 <= height <= 2 * maze.MAX_SIZE:
-            allowed = f"twice the same even number from 6 to {2 * maze.MAX_SIZE}"
+            allowed = f"(n, n) with an even n from 6 to {2 * maze.MAX_SIZE}"
             raise ValueError(f"maze_dims must be {allowed}, got {maze_dims}")
         if episode_length < 2:
             raise ValueError(f"episode_length must be at least 2, got {episode_length}")

@@ -335,7 +335,7 @@ def test_all_environments_that_end_together_get_new_and_different_mazes(task):
 
 @pytest.mark.parametrize("dims", [(10, 14), (11, 11), (4, 4), (32, 32)])
 def test_impossible_dimensions_are_refused(dims):
-    message = f"maze_dims must be twice the same even number from 6 to 30, got {dims}"
+    message = f"maze_dims must be (n, n) with an even n from 6 to 30, got {dims}"
     with pytest.raises(ValueError, match=re.escape(message)):
         LabyrinthEscape(dims)
 
