@@ -1,0 +1,354 @@
+"""a2c_s5_bsuite.py: environments against bsuite itself, the learner against plain loops, logs in bsuite's analysis."""
+
+import csv
+import dataclasses
+import json
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bsuite.environments import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
+from bsuite.experiments import summary_analysis
+from bsuite.logging import csv_load
+from conftest import ROOT, as_flags, fast_jit, finish, start_script
+
+import a2c_s5_bsuite as a2c
+import s5_common as common
+
+SCRIPT = ROOT / "a2c_s5_bsuite.py"
+SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "num_envs": 4, "memory_length": 6, "num_episodes": 400}
+SMALL |= {"num_rows": 20, "checkpoint_interval": 1, "eval_episodes": 8}
+
+
+def small_args(**flags):
+    args = a2c.Args(**SMALL | flags)
+    args.check()
+    return args
+
+
+def run_script(*flags, cwd):
+    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),))
+
+
+# ---------------------------------------------------------------- environments
+
+
+def same_state(name, reference, state):
+    """Put the hidden state of our environment into bsuite's."""
+    if name == "MemoryChain":
+        reference._context, reference._query = np.asarray(state.context), int(state.query)
+    elif name == "UmbrellaChain":
+        reference._need_umbrella, reference._has_umbrella = int(state.need_umbrella), int(state.has_umbrella)
+    elif name == "Catch":
+        reference._ball_x = int(state.ball_x)
+
+
+REFERENCES = {
+    "MemoryChain": (
+        {"memory_length": 7, "num_bits": 3},
+        lambda args: memory_chain.MemoryChain(args.memory_length, args.num_bits),
+    ),
+    "UmbrellaChain": (
+        {"chain_length": 9, "num_distractors": 4},
+        lambda args: umbrella_chain.UmbrellaChain(args.chain_length, args.num_distractors),
+    ),
+    "DiscountingChain": ({"mapping_seed": 13}, lambda args: discounting_chain.DiscountingChain(args.mapping_seed)),
+    "Catch": ({}, lambda args: catch.Catch()),
+    "DeepSea": (
+        {"size": 7, "mapping_seed": 42},
+        lambda args: deep_sea.DeepSea(args.size, mapping_seed=args.mapping_seed),
+    ),
+    "SimpleBandit": ({"mapping_seed": 3}, lambda args: bandit.SimpleBandit(args.mapping_seed)),
+}
+
+
+@pytest.mark.parametrize("name", a2c.ENVS)
+def test_environment_is_bsuites_step_for_step(name):
+    """Equal hidden state at the start, equal actions: equal observations, rewards and ends. Random rewards and
+    distractors of UmbrellaChain have to be possible ones; all else in it has to be equal."""
+    flags, make = REFERENCES[name]
+    args = small_args(env=name, **flags)
+    task, reference = a2c.make_task(args), make(args)
+    rng = np.random.default_rng(0)
+    step = jax.jit(lambda key, state, action: a2c.step_envs(task, key, state, action))
+    for episode in range(60):
+        obs, state = a2c.reset_envs(task, jax.random.key(episode), 1)
+        now = reference.reset()
+        same_state(name, reference, jax.tree.map(lambda x: x[0], state))
+        expected = reference._observation() if name == "Catch" else reference._get_observation()
+        fixed = slice(0, 3) if name == "UmbrellaChain" else slice(None)
+        np.testing.assert_allclose(obs[0][fixed], expected.ravel()[fixed], atol=1e-6)
+        for t in range(task.length):
+            action = int(rng.integers(task.env.num_actions))
+            obs, state, reward = step(jax.random.key(1000 * episode + t), state, jnp.array([action]))
+            now = reference.step(action)
+            np.testing.assert_allclose(obs[0][fixed], now.observation.ravel()[fixed], atol=1e-6)
+            if name == "UmbrellaChain" and t + 1 < task.length:
+                assert float(reward[0]) in (-1.0, 1.0)
+            else:
+                np.testing.assert_allclose(reward[0], now.reward, atol=1e-6)
+            assert now.last() == (t + 1 == task.length)  # every episode has the same length
+        assert now.discount == 0  # and ends with a termination
+
+
+def test_umbrella_rewards_and_distractors_are_fair_coins():
+    args = small_args(env="UmbrellaChain", chain_length=50, num_distractors=5)
+    task = a2c.make_task(args)
+
+    def episode(key):
+        reset_key, key = jax.random.split(key)
+        _, state = a2c.reset_envs(task, reset_key, 1)
+
+        def step(state, key):
+            obs, state, reward = a2c.step_envs(task, key, state, jnp.zeros(1, int))
+            return state, (obs[0, 3:], reward[0])
+
+        return jax.lax.scan(step, state, jax.random.split(key, 49))[1]
+
+    bits, rewards = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(0), 200))
+    assert abs(float(bits.mean()) - 0.5) < 4 * 0.5 / np.sqrt(bits.size)
+    assert abs(float(rewards.mean())) < 4 / np.sqrt(rewards.size)
+
+
+@pytest.mark.parametrize("memory_length", [1, 999, 1000, 1500])
+def test_memory_chains_of_any_length_end_after_one_step_more(memory_length):
+    args = small_args(memory_length=memory_length)
+    task = a2c.make_task(args)
+    _, state = a2c.reset_envs(task, jax.random.key(0), 2)
+
+    def step(state, key):
+        _, state, reward = a2c.step_envs(task, key, state, jnp.zeros(2, int))
+        return state, reward
+
+    keys = jax.random.split(jax.random.key(1), task.length)
+    rewards = jax.jit(lambda state: jax.lax.scan(step, state, keys)[1])(state)
+    assert task.length == memory_length + 1
+    assert (rewards[:-1] == 0).all() and (jnp.abs(rewards[-1]) == 1).all()
+
+
+# ---------------------------------------------------------------- learner
+
+
+def plain_td_lambda(args, reward, value, bootstrap, steps):
+    """The definition, step by step from the end, for one environment."""
+    returns, G, following = np.zeros(len(reward)), bootstrap, bootstrap
+    for t in reversed(range(steps)):
+        G = reward[t] + args.gamma * ((1 - args.td_lambda) * following + args.td_lambda * G)
+        returns[t], following = G, value[t]
+    return returns
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+@pytest.mark.parametrize("td_lambda", [0.0, 0.9, 1.0])
+def test_td_lambda_returns_are_those_of_a_plain_loop(steps, td_lambda):
+    args = small_args(td_lambda=td_lambda, gamma=0.9)
+    rng = np.random.default_rng(steps)
+    reward, value, bootstrap = rng.normal(size=(9, 3)), rng.normal(size=(9, 3)), rng.normal(size=3)
+    played = (np.arange(9) < steps).astype(np.float32)
+    found = a2c.td_lambda_returns(args, *map(jnp.asarray, (reward, value, bootstrap, played)))
+    for b in range(3):
+        expected = plain_td_lambda(args, reward[:, b], value[:, b], bootstrap[b], steps)
+        np.testing.assert_allclose(found[:steps, b], expected[:steps], atol=1e-5)
+
+
+def test_td_lambda_returns_by_hand():
+    """gamma 0.5, lambda 0.5, rewards 0, 0, 4, values 8, 4, 2, then a termination.
+
+    G_2 = 4;  G_1 = 0.5 (0.5 * 2 + 0.5 * 4) = 1.5;  G_0 = 0.5 (0.5 * 4 + 0.5 * 1.5) = 1.375
+    """
+    args = small_args(gamma=0.5, td_lambda=0.5)
+    column = lambda *x: jnp.array(x, jnp.float32)[:, None]  # noqa: E731
+    found = a2c.td_lambda_returns(args, column(0, 0, 4), column(8, 4, 2), jnp.zeros(1), jnp.ones(3))
+    np.testing.assert_allclose(found[:, 0], [1.375, 1.5, 4.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "attention", "mlp"])
+def test_acting_and_learning_see_the_same_network(arch):
+    """Logits of the segment's scan are those with which its actions were drawn, also where a segment begins inside."""
+    setup = a2c.make_setup(small_args(arch=arch, memory_length=10, num_steps=4))
+    runner = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0))
+    update = fast_jit(lambda runner: a2c.update(setup, runner))
+    for _ in range(4):  # into the second episode: 11 = 4 + 4 + 3
+        runner, _ = update(runner)
+    kernels = setup.network.apply(runner.params, method="kernels")
+    _, segment = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
+    start = jnp.zeros((4, 4)).at[0].set(runner.start)
+    _, logits, values = setup.network.apply(runner.params, runner.carry, segment.obs, start, method="scan")
+    carry = runner.carry
+    for t in range(4):
+        carry, now, value = setup.network.apply(runner.params, kernels, carry, segment.obs[t], start[t], method="step")
+        np.testing.assert_allclose(now, logits[t], atol=1e-5)
+        np.testing.assert_allclose(value, values[t], atol=1e-5)
+
+
+def test_segments_never_mix_episodes_at_the_paper_preset():
+    """MemoryChain shows the time on each step: within a segment it falls, and an episode's last step ends one."""
+    args = dataclasses.replace(a2c.Args(**a2c.PRESETS["paper"]), memory_length=40, num_episodes=3)
+    small = {"encoder_layers": (8,), "s5_width": 8, "s5_state": 4}
+    setup = a2c.make_setup(dataclasses.replace(args, **small))
+    assert setup.steps == 32 and setup.segments == 2 and args.num_envs == 1
+    runner = a2c.init_runner(setup, jax.random.PRNGKey(0))
+    collect, update = (fast_jit(lambda r, f=f: f(setup, r)) for f in (a2c.collect_segment, a2c.update))
+    lengths = []
+    for i in range(6):
+        _, segment = collect(runner)
+        assert float(runner.start) == (i % 2 == 0)
+        played = int(segment.played.sum())
+        lengths.append(played)
+        left = np.asarray(segment.obs[:played, 0, 0])  # 1 - time / length; the first observation is shown twice
+        assert (np.diff(left) <= 0).all() and (np.diff(left[1:]) < 0).all()
+        np.testing.assert_array_equal(segment.reward[:-1][: played - 1], 0)
+        assert (abs(segment.reward[played - 1]) == (i % 2)).all()
+        assert not np.asarray(segment.obs[played:]).any() and not np.asarray(segment.reward[played:]).any()
+        runner, _ = update(runner)
+    assert lengths == [32, 9] * 3
+    assert int(runner.finished) == 3 and (abs(np.asarray(runner.history[:3])) == 1).all()
+
+
+def test_steps_that_were_not_played_do_not_change_the_gradient():
+    setup = a2c.make_setup(small_args(memory_length=6, num_steps=5))  # 7 = 5 + 2
+    runner = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0))
+    runner, _ = fast_jit(lambda runner: a2c.update(setup, runner))(runner)
+    _, segment = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
+    assert segment.played.tolist() == [1, 1, 0, 0, 0]
+    gradient = fast_jit(jax.grad(lambda p, s: a2c.a2c_loss(p, setup, runner, s, jnp.zeros(4))[0]))
+    garbage = segment._replace(
+        obs=segment.obs.at[2:].set(3.0), reward=segment.reward.at[2:].set(5.0), action=segment.action.at[2:].set(1)
+    )
+    one, other = gradient(runner.params, segment), gradient(runner.params, garbage)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
+
+
+@pytest.mark.learning
+def test_memory_of_16_steps_is_learned_perfectly(tmp_path):
+    summary = a2c.train(a2c.Args(memory_length=16, num_episodes=6000, run_dir=str(tmp_path / "run")))
+    assert summary["final_return"] == 1.0
+
+
+# ---------------------------------------------------------------- runs
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be_evaluated(tmp_path):
+    finish(run_script(*as_flags(**SMALL, num_seeds=2, run_dir="run"), cwd=tmp_path))
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["script"] == "a2c_s5_bsuite" and summary["env_steps"] == 400 * 7 and summary["seeds"] == [0, 1]
+    rows = read(run / "metrics.csv")
+    assert len(rows) == 40 and {row["seed"] for row in rows} == {"0", "1"}
+    assert int(rows[-1]["episodes"]) == 400
+    for seed in (0, 1):
+        own = [row for row in rows if row["seed"] == str(seed)]
+        log = read(run / f"bsuite_seed{seed}.csv")
+        assert [int(row["episode"]) for row in log][-5:] == [170, 200, 250, 300, 400]
+        assert int(log[-1]["steps"]) == 2800
+        total = sum(20 * float(row["return_mean"]) for row in own)  # 20 episodes to a row
+        assert float(log[-1]["total_return"]) == pytest.approx(total, abs=1e-3)
+        assert int(log[-1]["total_perfect"]) == (400 + round(total)) // 2
+        assert int(log[-1]["total_regret"]) == 2 * (400 - int(log[-1]["total_perfect"]))
+    out, _ = finish(run_script("--eval", "run", cwd=tmp_path))
+    assert out.count("8 episodes: mean") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, number):
+    flags = as_flags(**SMALL | {"num_episodes": 2000, "num_rows": 60, "checkpoint_interval": 2})
+    whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
+    shorter = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)
+    while not (tmp_path / "cut" / "metrics.csv").exists() or len(read(tmp_path / "cut" / "metrics.csv")) < 3:
+        assert shorter.poll() is None, "ended before it could be stopped"
+        time.sleep(0.01)
+    shorter.send_signal(number)
+    shorter.communicate(timeout=120)
+    assert shorter.returncode == (-9 if number == signal.SIGKILL else 143)
+    finish(run_script("--resume", "cut", cwd=tmp_path))
+    finish(whole)
+    for name in ("metrics.csv", "bsuite_seed0.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env", "MNISTBandit"], "--env MNISTBandit: its images would have to be downloaded"),
+        (["--env", "Cartpole"], "--env Cartpole: unknown; must be one of MemoryChain"),
+        (["--memory-length", "0"], "--memory-length 0: must be above 0"),
+        (["--gamma", "1.5"], "--gamma 1.5: must be at least 0 and at most 1"),
+        (["--sweep", "mnist"], "--sweep mnist: must be one of memory_len"),
+        (["--arch", "transformer"], "transformer"),
+        (["--s5-dt-min", "1"], "--s5-dt-min 1.0: must be at most --s5-dt-max"),
+        (["--resume", "nowhere"], "nowhere: not a run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a2c_s5_bsuite.py", *flags])
+    assert common.run_main(a2c.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- bsuite's analysis
+
+
+@pytest.mark.parametrize(("sweep", "settings"), [(name, len(own)) for name, (_, own) in a2c.SWEEPS.items()])
+def test_sweeps_have_the_settings_of_bsuite(sweep, settings):
+    from bsuite import sweep as suite
+
+    env, own = a2c.SWEEPS[sweep]
+    renamed = {"num_distractors": "n_distractor"}
+    assert settings == len([bsuite_id for bsuite_id in suite.SWEEP if bsuite_id.split("/")[0] == sweep])
+    for i, setting in enumerate(own):
+        for name, value in suite.SETTINGS[f"{sweep}/{i}"].items():
+            ours = {renamed.get(key, key): x for key, x in setting.items()}
+            assert value is None or ours[name] == value
+        episodes = setting.get("num_episodes", a2c.Args().num_episodes)
+        assert episodes == suite.EPISODES[f"{sweep}/{i}"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "history", "score"),
+    [
+        ("memory_len", np.ones((10_000, 2)), 1.0),
+        ("memory_len", np.tile([[1.0, 1.0], [-1.0, -1.0]], (5000, 1)), 0.0),
+        ("umbrella_length", np.ones((10_000, 2)), 1.0),
+        ("catch", np.ones((10_000, 2)), 1.0),
+        ("bandit", np.ones((10_000, 2)), 1.0),
+        ("discounting_chain", np.full((1000, 2), 1.1), 1.0),
+        ("deep_sea", np.ones((10_000, 2)), None),  # its analysis calls a method that pandas 2 has no more
+    ],
+)
+def test_bsuites_own_analysis_reads_and_scores_a_log(sweep, history, score, tmp_path):
+    env, settings = a2c.SWEEPS[sweep]
+    for i, setting in enumerate(settings):
+        length = a2c.make_task(a2c.Args(env=env, **setting)).length
+        a2c.write_bsuite_log(tmp_path / f"bsuite_id_-_{sweep}-{i}.csv", env, length, history.astype(np.float32))
+    frame = csv_load.load_one_result_set(str(tmp_path))
+    if score is None:
+        assert frame.groupby("bsuite_id").denoised_return.max().tolist() == [10_000] * len(settings)
+        return
+    scores = summary_analysis.bsuite_score(frame)
+    assert scores.bsuite_env.tolist() == [sweep] and scores.finished.all()
+    assert scores.score.item() == pytest.approx(score, abs=1e-5)
+
+
+def test_a_sweep_writes_what_csv_load_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    flags = as_flags(**SMALL | {"num_episodes": 40}, sweep="memory_size", run_dir="sweep")
+    monkeypatch.setitem(a2c.SWEEPS, "memory_size", (a2c.SWEEPS["memory_size"][0], a2c.SWEEPS["memory_size"][1][:2]))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time there is nothing left to do
+        monkeypatch.setattr(sys, "argv", ["a2c_s5_bsuite.py", *flags])
+        assert common.run_main(a2c.main) == 0
+        stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("summary.json"))]
+        assert len(stamps) == 2
+    frame = csv_load.load_one_result_set(str(tmp_path / "sweep" / "logs"))
+    assert sorted(frame.num_bits.unique()) == [1, 2] and frame.episode.max() == 40
