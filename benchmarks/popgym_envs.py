@@ -13,14 +13,11 @@ instead of popgym_jax.prng.split, which returns the same keys.
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import jax
-import popgym.envs  # noqa: F401  (registers the reference's ids with gymnasium)
 import tyro
 from gymnasium.spaces.utils import flatten
 
@@ -30,6 +27,7 @@ import popgym_jax
 import s5_common as common
 from benchmarks.timing import machine, print_table, save_json, time_in_turn, timed_compile
 from popgym_jax import prng
+from tests.reference import make_reference
 
 BATCHES = (1, 64, 4096)
 COLUMNS = ("popgym", "flat", *(f"B = {B}" for B in BATCHES), "jax.random")
@@ -50,10 +48,7 @@ class Args:
 
 def reference_play(name: str, steps: int) -> dict[str, Any]:
     """Functions that take so many steps of the reference, with its raw observation and with the flat one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mazes warn that memory does not help there
-        spelling = name.replace("VelocityOnlyCartPole", "VelocityOnlyCartpole")
-        env = gymnasium.make(f"popgym-{spelling}-v0", disable_env_checker=True).unwrapped
+    env = make_reference(name)
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(steps)]
     env.reset(seed=0)

@@ -24,14 +24,7 @@ class EnvState(environment.EnvState):
     seen: jax.Array
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: 2 N - 1; for information, the last answer is what ends an episode."""
-
-    max_steps_in_episode: int = 103
-
-
-class Autoencode(environment.Environment[EnvState, EnvParams]):
+class Autoencode(cards.DeckEnvironment[EnvState]):
     """Watch a stack of cards, then recite it backwards (Morad et al. 2023, POPGym; popgym 1.0.7).
 
     N = 52 num_decks cards are dealt from a shuffled stack: in mode WATCH (1), one at the reset and
@@ -52,21 +45,16 @@ class Autoencode(environment.Environment[EnvState, EnvParams]):
     """
 
     def __init__(self, num_decks: int = 1, name: str | None = None):
-        if num_decks < 1:
-            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
-        self.num_decks = num_decks
-        self.num_cards = num_decks * cards.DECK_SIZE
-        super().__init__(name)
-
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(max_steps_in_episode=2 * self.num_cards - 1)
+        self.num_cards = cards.num_cards(num_decks)
+        super().__init__(num_decks, 2 * self.num_cards - 1, name)
 
     def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
         """Suit of the next card, int32 (): the only randomness; in PLAY it is not looked at."""
         return cards.deal(key, remaining)
 
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+    def reset_env(
+        self, key: jax.Array, params: environment.EnvParams
+    ) -> tuple[jax.Array, EnvState]:
         """Deal the first card: observation float32 (6,) and state."""
         full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
         suit = self.deal(key, full)
@@ -79,7 +67,7 @@ class Autoencode(environment.Environment[EnvState, EnvParams]):
         return mode_and_suit(jnp.int32(WATCH), suit), state
 
     def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: environment.EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Deal, or grade the action: observation (6,), state, reward, terminated, {}."""
         dealt = state.time + 1  # cards on the table, while watching
@@ -98,18 +86,10 @@ class Autoencode(environment.Environment[EnvState, EnvParams]):
         observation = mode_and_suit(mode, suit)
         return observation, state, reward, self.is_terminated(state, params), {}
 
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All suits have been asked for, bool ()."""
-        return state.time >= 2 * self.num_cards - 1
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
+    def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)
 
-    def observation_space(self, params: EnvParams) -> spaces.Box:
+    def observation_space(self, params: environment.EnvParams) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (2 + cards.NUM_SUITS,))
 
 

@@ -6,11 +6,12 @@ is black, red, black, red. All functions take one environment and are meant for 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from popgym_jax import prng
+from popgym_jax import environment, prng
 
 DECK_SIZE = 52
 NUM_SUITS = 4
@@ -25,6 +26,37 @@ def num_kinds(deck_type: str, allowed: Iterable[str] = tuple(KINDS)) -> int:
     if deck_type not in allowed:
         raise ValueError(f"deck_type must be {' or '.join(allowed)}, got {deck_type}")
     return KINDS[deck_type]
+
+
+def num_cards(num_decks: int) -> int:
+    """Cards in a stack of that many decks; ValueError for a stack without any."""
+    if num_decks < 1:
+        raise ValueError(f"num_decks must be at least 1, got {num_decks}")
+    return num_decks * DECK_SIZE
+
+
+class DeckEnvironment(environment.Environment[environment.TEnvState, environment.EnvParams]):
+    """Deals a stack of num_decks decks: its episodes terminate after a known number of steps.
+
+    `max_steps_in_episode` is for information only: the deck is what ends an episode.
+    """
+
+    def __init__(self, num_decks: int, episode_length: int, name: str | None):
+        self.num_decks = num_decks
+        self.episode_length = episode_length
+        super().__init__(name)
+
+    @property
+    def default_params(self) -> environment.EnvParams:
+        return environment.EnvParams(max_steps_in_episode=self.episode_length)
+
+    def is_terminated(self, state: environment.TEnvState, params: Any) -> jax.Array:
+        """The last card has had its turn, bool ()."""
+        return state.time >= self.episode_length
+
+    def is_truncated(self, state: environment.TEnvState, params: Any) -> jax.Array:
+        """Never, bool ()."""
+        return jnp.zeros((), bool)
 
 
 def suit(card: jax.Array) -> jax.Array:

@@ -61,13 +61,11 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
     obs_requires_prev_action = True
 
     def __init__(self, num_decks: int = 1, deck_type: str = "ranks", name: str | None = None):
-        if num_decks < 1:
-            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
+        self.num_cards = n = cards.num_cards(num_decks)
         self.num_decks = num_decks
         self.deck_type = deck_type
         # 13 cards of a suit cannot all be paired
         self.num_kinds = cards.num_kinds(deck_type, ("colors", "ranks"))
-        self.num_cards = n = num_decks * cards.DECK_SIZE
         self.episode_length = math.ceil(2 * n - n / (2 * n - 1))
         super().__init__(name)
 

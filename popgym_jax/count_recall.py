@@ -20,14 +20,7 @@ class EnvState(environment.EnvState):
     query: jax.Array
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
-
-    max_steps_in_episode: int = 51
-
-
-class CountRecall(environment.Environment[EnvState, EnvParams]):
+class CountRecall(cards.DeckEnvironment[EnvState]):
     """Say how often a kind of card has been seen (Morad et al. 2023, POPGym; popgym 1.0.7).
 
     Two stacks of N = 52 num_decks cards are shuffled independently. A value card and a query card
@@ -49,17 +42,10 @@ class CountRecall(environment.Environment[EnvState, EnvParams]):
     """
 
     def __init__(self, num_decks: int = 1, deck_type: str = "colors", name: str | None = None):
-        if num_decks < 1:
-            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
-        self.num_decks = num_decks
+        self.num_cards = cards.num_cards(num_decks)
         self.num_kinds = cards.num_kinds(deck_type)
-        self.num_cards = num_decks * cards.DECK_SIZE
         self.max_count = self.num_cards // self.num_kinds
-        super().__init__(name)
-
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(max_steps_in_episode=self.num_cards - 1)
+        super().__init__(num_decks, self.num_cards - 1, name)
 
     def deal(
         self, key: jax.Array, remaining_values: jax.Array, remaining_queries: jax.Array
@@ -71,7 +57,9 @@ class CountRecall(environment.Environment[EnvState, EnvParams]):
         # without the barrier XLA draws both again in each operation that uses one of them
         return jax.lax.optimization_barrier(jnp.stack([value, query]))
 
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+    def reset_env(
+        self, key: jax.Array, params: environment.EnvParams
+    ) -> tuple[jax.Array, EnvState]:
         """Deal the first two cards: observation float32 (2 K,) and state."""
         full = cards.full_counts(self.num_decks, self.num_kinds)
         value, query = self.deal(key, full, full)
@@ -84,7 +72,7 @@ class CountRecall(environment.Environment[EnvState, EnvParams]):
         return self.value_and_query(value, query), state
 
     def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: environment.EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Grade the action, then deal: observation (2 K,), state, reward, terminated, {}."""
         scale = jnp.float32(1 / (self.num_cards - 1))
@@ -106,16 +94,8 @@ class CountRecall(environment.Environment[EnvState, EnvParams]):
         parts = [cards.one_hot(kind, self.num_kinds) for kind in (value, query)]
         return jnp.concatenate(parts)
 
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All cards are on the table, bool ()."""
-        return state.time >= self.num_cards - 1
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
+    def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.max_count + 1)
 
-    def observation_space(self, params: EnvParams) -> spaces.Box:
+    def observation_space(self, params: environment.EnvParams) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (2 * self.num_kinds,))

@@ -21,14 +21,7 @@ class EnvState(environment.EnvState):
     rank: jax.Array
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
-
-    max_steps_in_episode: int = 51
-
-
-class HigherLower(environment.Environment[EnvState, EnvParams]):
+class HigherLower(cards.DeckEnvironment[EnvState]):
     """Guess how the next card compares (Morad et al. 2023, POPGym; popgym 1.0.7).
 
     N = 52 num_decks cards are dealt from a shuffled stack, one at the reset and one per step.
@@ -46,21 +39,16 @@ class HigherLower(environment.Environment[EnvState, EnvParams]):
     """
 
     def __init__(self, num_decks: int = 1, name: str | None = None):
-        if num_decks < 1:
-            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
-        self.num_decks = num_decks
-        self.num_cards = num_decks * cards.DECK_SIZE
-        super().__init__(name)
-
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(max_steps_in_episode=self.num_cards - 1)
+        self.num_cards = cards.num_cards(num_decks)
+        super().__init__(num_decks, self.num_cards - 1, name)
 
     def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
         """Rank of the next card, int32 (): the only randomness of this environment."""
         return cards.deal(key, remaining)
 
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+    def reset_env(
+        self, key: jax.Array, params: environment.EnvParams
+    ) -> tuple[jax.Array, EnvState]:
         """Deal the first card: observation float32 (13,) and state."""
         full = cards.full_counts(self.num_decks, cards.NUM_RANKS)
         rank = self.deal(key, full)
@@ -70,7 +58,7 @@ class HigherLower(environment.Environment[EnvState, EnvParams]):
         return cards.one_hot(rank, cards.NUM_RANKS), state
 
     def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: environment.EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Deal and grade the guess: observation (13,), state, reward, terminated, {}."""
         rank = self.deal(key, state.remaining)
@@ -83,16 +71,8 @@ class HigherLower(environment.Environment[EnvState, EnvParams]):
         observation = cards.one_hot(rank, cards.NUM_RANKS)
         return observation, state, reward, self.is_terminated(state, params), {}
 
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All cards are on the table, bool ()."""
-        return state.time >= self.num_cards - 1
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
+    def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(2)
 
-    def observation_space(self, params: EnvParams) -> spaces.Box:
+    def observation_space(self, params: environment.EnvParams) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (cards.NUM_RANKS,))

@@ -89,17 +89,19 @@ def canonical_name(name: str) -> str:
     raise UnknownEnvironmentError(f"unknown environment {name!r}; nearest: {', '.join(nearest)}")
 
 
+def family_and_level(name: str) -> tuple[str, int]:
+    """A registered name's key in FAMILIES, and 0, 1 or 2 for Easy, Medium or Hard."""
+    return next((name.removesuffix(d), i) for i, d in enumerate(DIFFICULTIES) if name.endswith(d))
+
+
 def make(name: str) -> tuple[Environment, Any]:
     """Environment and default parameters by name, like gymnax.make.
 
     name: any spelling that `canonical_name` accepts; raises UnknownEnvironmentError otherwise
     """
     name = canonical_name(name)
-    family, difficulty = next(
-        (name.removesuffix(suffix), suffix) for suffix in DIFFICULTIES if name.endswith(suffix)
-    )
+    family, level = family_and_level(name)
     env_class, arguments = FAMILIES[family]
-    level = DIFFICULTIES.index(difficulty)
     env = env_class(
         **{argument: values[level] for argument, values in arguments.items()}, name=name
     )

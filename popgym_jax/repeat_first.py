@@ -19,14 +19,7 @@ class EnvState(environment.EnvState):
     target: jax.Array
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
-
-    max_steps_in_episode: int = 51
-
-
-class RepeatFirst(environment.Environment[EnvState, EnvParams]):
+class RepeatFirst(cards.DeckEnvironment[EnvState]):
     """Name the suit of the first card at every step (Morad et al. 2023, POPGym; popgym 1.0.7).
 
     N = 52 num_decks cards are dealt from a shuffled stack, one at the reset and one per step.
@@ -43,21 +36,15 @@ class RepeatFirst(environment.Environment[EnvState, EnvParams]):
     """
 
     def __init__(self, num_decks: int = 1, name: str | None = None):
-        if num_decks < 1:
-            raise ValueError(f"num_decks must be at least 1, got {num_decks}")
-        self.num_decks = num_decks
-        self.episode_length = num_decks * cards.DECK_SIZE - 1
-        super().__init__(name)
-
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(max_steps_in_episode=self.episode_length)
+        super().__init__(num_decks, cards.num_cards(num_decks) - 1, name)
 
     def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
         """Suit of the next card, int32 (): the only randomness of this environment."""
         return cards.deal(key, remaining)
 
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+    def reset_env(
+        self, key: jax.Array, params: environment.EnvParams
+    ) -> tuple[jax.Array, EnvState]:
         """Deal the first card: observation float32 (4,) and state."""
         full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
         suit = self.deal(key, full)
@@ -67,7 +54,7 @@ class RepeatFirst(environment.Environment[EnvState, EnvParams]):
         return cards.one_hot(suit, cards.NUM_SUITS), state
 
     def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: environment.EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Grade the action, then deal: observation (4,), state, reward, terminated, {}."""
         scale = jnp.float32(1 / self.episode_length)
@@ -81,16 +68,8 @@ class RepeatFirst(environment.Environment[EnvState, EnvParams]):
         observation = cards.one_hot(suit, cards.NUM_SUITS)
         return observation, state, reward, self.is_terminated(state, params), {}
 
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All cards are on the table, bool ()."""
-        return state.time >= self.episode_length
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
+    def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)
 
-    def observation_space(self, params: EnvParams) -> spaces.Box:
+    def observation_space(self, params: environment.EnvParams) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (cards.NUM_SUITS,))

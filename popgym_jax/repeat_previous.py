@@ -19,14 +19,7 @@ class EnvState(environment.EnvState):
     history: jax.Array
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: cards minus one; for information, the deck is what ends an episode."""
-
-    max_steps_in_episode: int = 51
-
-
-class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
+class RepeatPrevious(cards.DeckEnvironment[EnvState]):
     """Name the suit seen k - 1 cards before this one (Morad et al. 2023, POPGym; popgym 1.0.7).
 
     N = 52 num_decks cards are dealt from a shuffled stack, one at the reset and one per step.
@@ -48,21 +41,17 @@ class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
         num_cards = num_decks * cards.DECK_SIZE
         if not 1 <= k < num_cards:
             raise ValueError(f"k must be 1 to {num_cards - 1} with {num_cards} cards, got {k}")
-        self.num_decks = num_decks
         self.k = k
-        self.episode_length = num_cards - 1
         self.num_graded = num_cards - k
-        super().__init__(name)
-
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(max_steps_in_episode=self.episode_length)
+        super().__init__(num_decks, num_cards - 1, name)
 
     def deal(self, key: jax.Array, remaining: jax.Array) -> jax.Array:
         """Suit of the next card, int32 (): the only randomness of this environment."""
         return cards.deal(key, remaining)
 
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
+    def reset_env(
+        self, key: jax.Array, params: environment.EnvParams
+    ) -> tuple[jax.Array, EnvState]:
         """Deal the first card: observation float32 (4,) and state."""
         full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
         suit = self.deal(key, full)
@@ -74,7 +63,7 @@ class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
         return cards.one_hot(suit, cards.NUM_SUITS), state
 
     def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
+        self, key: jax.Array, state: EnvState, action: jax.Array, params: environment.EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Grade the action, then deal: observation (4,), state, reward, terminated, {}."""
         scale = jnp.float32(1 / self.num_graded)
@@ -90,18 +79,10 @@ class RepeatPrevious(environment.Environment[EnvState, EnvParams]):
         observation = cards.one_hot(suit, cards.NUM_SUITS)
         return observation, state, reward, self.is_terminated(state, params), {}
 
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All cards are on the table, bool ()."""
-        return state.time >= self.episode_length
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
+    def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)
 
-    def observation_space(self, params: EnvParams) -> spaces.Box:
+    def observation_space(self, params: environment.EnvParams) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (cards.NUM_SUITS,))
 
 

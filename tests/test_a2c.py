@@ -175,7 +175,7 @@ def test_acting_and_learning_see_the_same_network(arch):
     for _ in range(4):  # into the second episode: 11 = 4 + 4 + 3
         runner, _ = update(runner)
     kernels = setup.network.apply(runner.params, method="kernels")
-    _, segment = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
+    _, segment, _ = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
     start = jnp.zeros((4, 4)).at[0].set(runner.start)
     _, logits, values = setup.network.apply(runner.params, runner.carry, segment.obs, start, method="scan")
     carry = runner.carry
@@ -195,7 +195,7 @@ def test_segments_never_mix_episodes_at_the_paper_preset():
     collect, update = (fast_jit(lambda r, f=f: f(setup, r)) for f in (a2c.collect_segment, a2c.update))
     lengths = []
     for i in range(6):
-        _, segment = collect(runner)
+        _, segment, _ = collect(runner)
         assert float(runner.start) == (i % 2 == 0)
         played = int(segment.played.sum())
         lengths.append(played)
@@ -213,7 +213,7 @@ def test_steps_that_were_not_played_do_not_change_the_gradient():
     setup = a2c.make_setup(small_args(memory_length=6, num_steps=5))  # 7 = 5 + 2
     runner = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0))
     runner, _ = fast_jit(lambda runner: a2c.update(setup, runner))(runner)
-    _, segment = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
+    _, segment, _ = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
     assert segment.played.tolist() == [1, 1, 0, 0, 0]
     gradient = fast_jit(jax.grad(lambda p, s: a2c.a2c_loss(p, setup, runner, s, jnp.zeros(4))[0]))
     garbage = segment._replace(

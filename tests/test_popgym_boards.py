@@ -23,6 +23,7 @@ from popgym_jax.battleship import Battleship
 from popgym_jax.cartpole import VelocityOnlyCartPole
 from popgym_jax.minesweeper import MineSweeper
 from popgym_jax.multiarmed_bandit import MultiarmedBandit
+from popgym_jax.registration import family_and_level
 from tests.reference import assert_same, backward, bandit, forward, make_reference, physics
 from tests.reference import boards as bridges
 
@@ -473,7 +474,7 @@ def test_need_of_the_previous_action_is_that_of_the_reference(family):
     ],
 )
 def test_ending(name, policy, terminated, truncated, length, returns):
-    bridge = copy.copy(bridges.BRIDGES[name.removesuffix("Easy").removesuffix("Medium").removesuffix("Hard")])
+    bridge = copy.copy(bridges.BRIDGES[family_and_level(name)[0]])
     bridge.policies = (policy,)
     theirs, ours = forward(bridge, *popgym_jax.make(name), make_reference(name), episodes=10, seed=15)
     assert_same(bridge, theirs, ours)

@@ -9,7 +9,7 @@ import csv
 import pytest
 
 import popgym_jax
-from popgym_jax.registration import DIFFICULTIES, FAMILIES
+from popgym_jax.registration import FAMILIES, family_and_level
 from tests.reference import (
     Bridge,
     assert_same,
@@ -34,8 +34,7 @@ def test_every_family_is_compared():
 @pytest.mark.parametrize("name", popgym_jax.registered_envs)
 def test_lock_step_with_the_reference(name, replay, request):
     episodes = request.config.getoption("--episodes")
-    family = next(name.removesuffix(level) for level in DIFFICULTIES if name.endswith(level))
-    bridge = BRIDGES[family]
+    bridge = BRIDGES[family_and_level(name)[0]]
     env, params = popgym_jax.make(name)
     theirs, ours = replay(bridge, env, params, make_reference(name), episodes, seed=1)
     assert_same(bridge, theirs, ours)

@@ -15,7 +15,7 @@ import pytest
 from conftest import fast_jit
 
 import popgym_jax
-from popgym_jax.registration import DIFFICULTIES, FAMILIES
+from popgym_jax.registration import FAMILIES, family_and_level
 from tests.reference import flat_observations, make_reference, raw_action
 
 NAMES = popgym_jax.registered_envs
@@ -446,10 +446,6 @@ def play(side: Ours | Theirs, policy: Any, seed: int) -> Play:
         lengths += alive
         alive &= ~done
     return Play(returns, lengths)
-
-
-def family_and_level(name: str) -> tuple[str, int]:
-    return next((name.removesuffix(word), i) for i, word in enumerate(DIFFICULTIES) if name.endswith(word))
 
 
 def scripted(name: str) -> Any:

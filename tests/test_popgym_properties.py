@@ -18,7 +18,7 @@ from scipy import stats
 
 import popgym_jax
 from popgym_jax import environment, prng
-from popgym_jax.registration import DIFFICULTIES, FAMILIES
+from popgym_jax.registration import FAMILIES, family_and_level
 from tests.reference import make_reference
 
 NAMES = popgym_jax.registered_envs
@@ -26,10 +26,6 @@ NUM_ENVS = 1000
 NUM_STEPS = 1040  # a little more than the longest episode
 TRACED = 4  # environments of a long run of which everything is kept
 WORDS = st.integers(0, 2**32 - 1)
-
-
-def family_and_level(name: str) -> tuple[str, int]:
-    return next((name.removesuffix(word), i) for i, word in enumerate(DIFFICULTIES) if name.endswith(word))
 
 
 # ---------------------------------------------------------------- what the documentation promises

@@ -52,8 +52,8 @@ def test_a_short_budget_trains_on_every_environment(runs, env):
 @pytest.mark.parametrize("env", [name for name in popgym_jax.registered_envs if name.endswith("Easy")])
 def test_the_agent_sees_its_previous_action_and_the_start_of_every_episode(env):
     setup = ppo.make_setup(tiny_args(env=env, num_steps=64))
-    params = jax.jit(lambda key: ppo.init_runner(setup, key))(jax.random.PRNGKey(0))
-    _, rollout, _ = jax.jit(lambda runner: ppo.collect_rollout(setup, runner))(params)
+    runner = jax.jit(lambda key: ppo.init_runner(setup, key))(jax.random.PRNGKey(0))
+    _, rollout, _ = jax.jit(lambda runner: ppo.collect_rollout(setup, runner))(runner)
     space, action = setup.env.action_space(setup.env_params), np.asarray(rollout.action)
     shown = action if isinstance(space, spaces.Box) else np.eye(space.n, dtype=np.float32)[action]
     start, obs = np.asarray(rollout.start), np.asarray(rollout.obs)
