@@ -48,7 +48,7 @@ class Args:
     arch: Literal["s5", "lstm", "gru", "attention", "mlp"] = "s5"  # the memory
     seed: int = 0  # seed of the first agent
     num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    num_episodes: int = 10_000  # episodes for each agent, in all environments together; bsuite's own number
+    num_episodes: int = 20_000  # episodes for each agent, in all environments together
     num_envs: int = 16  # parallel environments B
     num_steps: int = 4096  # longest segment T to learn from; gradients reach no further back, the memory does
     learning_rate: float = 1e-3  # Adam step size
@@ -100,8 +100,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"preset": "paper", "num_envs": 1, "num_steps": 32, "learning_rate": 3e-4, "encoder_layers": (256,)}
-    | {"s5_width": 256, "s5_state": 128, "s5_dt_min": 1e-3, "s5_dt_max": 1e-1, "s5_norm": False},
+    "paper": {"preset": "paper", "num_episodes": 10_000, "num_envs": 1, "num_steps": 32, "learning_rate": 3e-4}
+    | {"encoder_layers": (256,), "s5_width": 256, "s5_state": 128, "s5_dt_min": 1e-3, "s5_dt_max": 1e-1, "s5_norm": False},
 }
 
 # ---- 3. Environments, as bsuite defines them -------------------------------------------------------------------------
@@ -555,7 +555,7 @@ def train(args: Args) -> dict[str, Any]:
             run.save(0, runners, 0.0)
         function = partial(for_each_seed, args, partial(update_chunk, setup))
         step = jax.jit(function, donate_argnums=0).lower(runners).compile()
-        compile_seconds = time.perf_counter() - began
+        compile_seconds, memory = time.perf_counter() - began, step.memory_analysis()
         steps = args.num_seeds * setup.num_episodes * setup.task.length // setup.num_chunks
         progress = common.ProgressLine(setup.num_chunks, done, steps_per_update=steps)
         while done < setup.num_chunks and not stop:
@@ -574,6 +574,7 @@ def train(args: Args) -> dict[str, Any]:
         raise SystemExit(128 + stop[0])
     measured = {"script": "a2c_s5_bsuite", "env": args.env, "updates": done * setup.chunk}
     measured |= {"env_steps": env_steps(setup, runners), "compile_seconds": compile_seconds}
+    measured["program_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     measured |= {"run_seconds": seconds + time.perf_counter() - began, "steps_per_second": progress.steps_per_second}
     for s, episodes in enumerate(np.asarray(runners.history)):
         finished = episodes[: int(runners.finished[s])]
