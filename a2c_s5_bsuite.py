@@ -8,7 +8,7 @@ recurrent actor-critic of bsuite (Osband et al. 2020) with its LSTM exchanged fo
 
 Shapes: T time, B environments, O observation features, A actions, H model width, P complex states of an S5 layer,
 S seeds; time comes first, (T, B, ...). start is 1 where an observation opens an episode. All episodes of a bsuite task
-have the same length, so the B environments begin and end theirs together, and a segment never holds two episodes.
+have the same length, L steps, so the B environments begin and end theirs together, and no segment holds two episodes.
 Departures from the paper are marked "Deviation" and listed in README.md.
 """
 
@@ -32,6 +32,7 @@ import optax
 from flax.linen.initializers import lecun_normal, normal
 from gymnax.environments.bsuite import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import s5_common as common
 
@@ -52,6 +53,7 @@ class Args:
     num_envs: int = 16  # parallel environments B
     num_steps: int = 4096  # longest segment T to learn from; gradients reach no further back, the memory does
     learning_rate: float = 1e-3  # Adam step size
+    anneal_lr: bool = True  # bring the step size to zero linearly over the run
     gamma: float = 0.99  # discount
     td_lambda: float = 0.9  # lambda of the TD(lambda) return
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -76,6 +78,8 @@ class Args:
     num_rows: int = 200  # rows of metrics.csv, each the mean of an equal number of gradient steps
     checkpoint_interval: int = 20  # rows between checkpoints
     track: bool = False  # also log to Weights & Biases
+    num_devices: int = 1  # devices to spread the environments over
+    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
     eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
     eval_episodes: int = 256  # episodes to evaluate
     list_envs: bool = False  # print the names of all environments and stop
@@ -94,6 +98,12 @@ class Args:
             raise common.UsageError(f"--s5-dt-min {self.s5_dt_min}: must be at most --s5-dt-max {self.s5_dt_max}")
         if self.arch == "attention" and self.s5_width % 8:
             raise common.UsageError(f"--s5-width {self.s5_width}: must be a multiple of 8 with --arch attention")
+        if self.distributed and not (self.run_dir or self.resume or self.eval):
+            raise common.UsageError("--distributed True: needs a --run-dir that all processes share")
+        if self.num_envs % self.num_devices:
+            raise common.UsageError(
+                f"--num-envs {self.num_envs}: must be a multiple of --num-devices {self.num_devices}"
+            )
         if self.sweep and self.sweep not in SWEEPS:
             raise common.UsageError(f"--sweep {self.sweep}: must be one of {', '.join(SWEEPS)}")
 
@@ -101,7 +111,8 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"preset": "paper", "num_episodes": 10_000, "num_envs": 1, "num_steps": 32, "learning_rate": 3e-4}
-    | {"encoder_layers": (256,), "s5_width": 256, "s5_state": 128, "s5_dt_min": 1e-3, "s5_dt_max": 1e-1, "s5_norm": False},
+    | {"anneal_lr": False, "encoder_layers": (256,), "s5_width": 256, "s5_state": 128}
+    | {"s5_dt_min": 1e-3, "s5_dt_max": 1e-1, "s5_norm": False},
 }
 
 # ---- 3. Environments, as bsuite defines them -------------------------------------------------------------------------
@@ -112,20 +123,8 @@ class Task(NamedTuple):
 
     env: Any
     env_params: Any
-    length: int  # steps of every episode; the last one terminates, and nothing truncates
-
-
-class MappedBandit(bandit.SimpleBandit):
-    """bsuite draws the arms' rewards once, from the mapping seed; gymnax draws them anew in every episode."""
-
-    def __init__(self, mapping_seed: int):
-        super().__init__()
-        order = np.random.RandomState(mapping_seed).choice(range(self.num_actions), self.num_actions, replace=False)
-        self.rewards = np.linspace(0, 1, self.num_actions, dtype=np.float32)[order]
-
-    def reset_env(self, key: Array, params: Any) -> tuple[Array, Any]:
-        obs, state = super().reset_env(key, params)
-        return obs, state.replace(rewards=jnp.asarray(self.rewards))
+    length: int  # L, steps of every episode; the last one terminates, and nothing truncates
+    fixed: dict[str, Array]  # parts of the state that are the same in all episodes
 
 
 ENVS = ("MemoryChain", "UmbrellaChain", "DiscountingChain", "Catch", "DeepSea", "SimpleBandit")
@@ -136,32 +135,38 @@ def make_task(args: Args) -> Task:
 
     gymnax's ends of episodes are not used: it truncates the longer chains, which bsuite never does.
     """
-    if args.env not in ENVS:
-        why = "its images would have to be downloaded" if args.env == "MNISTBandit" else "unknown"
-        raise common.UsageError(f"--env {args.env}: {why}; must be one of {', '.join(ENVS)}")
+    fixed, random = {}, np.random.RandomState(args.mapping_seed)
     if args.env == "MemoryChain":
         env, length = memory_chain.MemoryChain(args.num_bits), args.memory_length + 1
-        return Task(env, env.default_params.replace(memory_length=args.memory_length), length)
-    if args.env == "UmbrellaChain":
+        params = env.default_params.replace(memory_length=args.memory_length)
+    elif args.env == "UmbrellaChain":
         env, length = umbrella_chain.UmbrellaChain(args.num_distractors), args.chain_length
-        return Task(env, env.default_params.replace(chain_length=length), length)
-    if args.env == "DiscountingChain":
+        params = env.default_params.replace(chain_length=length)
+    elif args.env == "DiscountingChain":
         env, length = discounting_chain.DiscountingChain(mapping_seed=args.mapping_seed % 5), 100
     elif args.env == "Catch":
         env, length = catch.Catch(), 9
-    elif args.env == "SimpleBandit":
-        env, length = MappedBandit(args.mapping_seed), 1
-    else:  # bsuite maps DeepSea's actions with numpy's random numbers, gymnax with its own
+    elif args.env == "DeepSea":  # bsuite maps the actions with numpy's random numbers, gymnax with its own
         env, length = deep_sea.DeepSea(args.size), args.size
-        mapping = np.random.RandomState(args.mapping_seed).binomial(1, 0.5, [length, length])
-        env.action_mapping = jnp.asarray(mapping, jnp.int32)
-    return Task(env, env.default_params, length)
+        env.action_mapping = jnp.asarray(random.binomial(1, 0.5, [length, length]), jnp.int32)
+    elif args.env == "SimpleBandit":  # bsuite draws the arms once, from the mapping seed, gymnax in every episode
+        env, length = bandit.SimpleBandit(), 1
+        order = random.choice(range(env.num_actions), env.num_actions, replace=False)
+        fixed = {"rewards": jnp.linspace(0, 1, env.num_actions)[order]}
+    else:
+        why = "its images would have to be downloaded" if args.env == "MNISTBandit" else "unknown"
+        raise common.UsageError(f"--env {args.env}: {why}; must be one of {', '.join(ENVS)}")
+    return Task(env, params if args.env in ENVS[:2] else env.default_params, length, fixed)
 
 
 def reset_envs(task: Task, key: Array, batch: int) -> tuple[Array, Any]:
     """Fresh episodes: observations float (B, O) and environment states."""
-    obs, state = jax.vmap(task.env.reset_env, (0, None))(jax.random.split(key, batch), task.env_params)
-    return obs.reshape(batch, -1), state
+
+    def reset(key):
+        obs, state = task.env.reset_env(key, task.env_params)
+        return obs.reshape(-1), state.replace(**task.fixed)
+
+    return jax.vmap(reset)(jax.random.split(key, batch))
 
 
 def step_envs(task: Task, key: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
@@ -302,11 +307,9 @@ class Setup(NamedTuple):
     task: Task
     network: ActorCritic
     optimizer: optax.GradientTransformation
-    steps: int  # of the longest segment, T
-    segments: int  # of an episode
-    chunk: int  # updates for a row of metrics.csv
-    num_chunks: int  # rows
-    num_episodes: int  # that end within them
+    mesh: Mesh
+    rounds: int  # episodes of each environment to a row of metrics.csv
+    rows: int
 
 
 class Runner(NamedTuple):
@@ -315,154 +318,156 @@ class Runner(NamedTuple):
     params: Any
     opt_state: Any
     key: Array  # raw PRNG key: orbax cannot store typed ones
-    env_state: Any
-    obs: Array  # (B, O), what the agent reads next
-    start: Array  # (), 1 where obs opens the episodes
-    carry: Any  # memory before it reads obs
-    time: Array  # steps taken in the running episodes, int32 ()
-    so_far: Array  # return since the episodes began, (B,)
     finished: Array  # number of finished episodes, int32 ()
     history: Array  # their returns and last rewards in order, then zeros, float (E, 2)
 
 
-class Segment(NamedTuple):
-    """Up to T steps of B environments within one episode each; time leads, what was not played is zero."""
+class Position(NamedTuple):
+    """Where the B environments stand in their episodes."""
 
-    obs: Array  # (T, B, O)
-    action: Array  # (T, B)
-    reward: Array  # (T, B)
-    played: Array  # (T,), 1 for a step that was taken
+    env_state: Any
+    obs: Array  # (B, O), what the agent reads next
+    start: Array  # (B,), 1 if obs opens the episodes
+    carry: Any  # memory before it reads obs
+
+
+class Segment(NamedTuple):
+    """T steps of B environments within one episode each; every leaf is (T, B, ...)."""
+
+    obs: Array
+    start: Array
+    action: Array
+    reward: Array
 
 
 # ---- 6. Returns and loss ---------------------------------------------------------------------------------------------
 
 
-def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array, played: Array) -> Array:
+def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array) -> Array:
     """The TD(lambda) return (Sutton and Barto 2018, section 12.1), float (T, B).
 
     G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1}),    G_T = V_T = bootstrap
 
-    reward and value (T, B); bootstrap (B,), the value of what follows the last step played, 0 after a termination;
-    played (T,), 1 up to there.
+    reward and value (T, B); bootstrap (B,), the value of what follows, 0 after a termination.
     """
 
     def backward(later, step):
-        G, next_value = later
-        reward, value, played = step
-        now = reward + args.gamma * ((1 - args.td_lambda) * next_value + args.td_lambda * G)
-        G, value = jnp.where(played, now, G), jnp.where(played, value, next_value)
+        (G, next_value), (reward, value) = later, step
+        G = reward + args.gamma * ((1 - args.td_lambda) * next_value + args.td_lambda * G)
         return (G, value), G
 
-    return lax.scan(backward, (bootstrap, bootstrap), (reward, value, played), reverse=True)[1]
+    return lax.scan(backward, (bootstrap, bootstrap), (reward, value), reverse=True)[1]
 
 
-def a2c_loss(params: Any, setup: Setup, runner: Runner, segment: Segment, bootstrap: Array) -> tuple[Array, dict]:
+def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap: Array) -> tuple[Array, dict]:
     """Advantage actor-critic (Mnih et al. 2016) with TD(lambda) errors, as in bsuite's baseline.
 
     delta_t = G_t - V_t
     L       = -mean log pi(a_t) delta_t + c_v mean delta_t^2 - c_e entropy,    delta_t constant in the first term
 
-    runner: as it was at the segment's start.
+    carry: the memory before the segment.
     """
-    args, start = setup.args, jnp.zeros_like(segment.reward).at[0].set(runner.start)
-    _, logits, value = setup.network.apply(params, runner.carry, segment.obs, start, method="scan")
-    fixed = lax.stop_gradient(value)
-    error = td_lambda_returns(args, segment.reward, fixed, bootstrap, segment.played) - value
-
-    def mean(x):  # over the steps that were played
-        return jnp.sum(x * segment.played[:, None]) / (jnp.sum(segment.played) * args.num_envs)
-
+    args = setup.args
+    _, logits, value = setup.network.apply(params, carry, segment.obs, segment.start, method="scan")
+    error = td_lambda_returns(args, segment.reward, lax.stop_gradient(value), bootstrap) - value
     log_pi = nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_pi, segment.action[..., None], axis=-1)[..., 0]
-    policy_loss, value_loss = -mean(log_prob * lax.stop_gradient(error)), mean(error**2)
-    entropy = mean(-jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1))
+    policy_loss, value_loss = -jnp.mean(log_prob * lax.stop_gradient(error)), jnp.mean(error**2)
+    entropy = -jnp.mean(jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1))
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
 
 
-# ---- 7. Segment and update -------------------------------------------------------------------------------------------
+# ---- 7. Segment, update, episode -------------------------------------------------------------------------------------
 
 
 def make_setup(args: Args) -> Setup:
-    """Task, network and optimiser for these flags. Raises UsageError."""
+    """Task, network, optimiser and devices for these flags. Raises UsageError."""
     task = make_task(args)
+    if args.num_devices > jax.device_count():
+        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
     network = ActorCritic(args, task.env.num_actions, task.length)
-    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
-    steps = min(args.num_steps, task.length)
-    segments = math.ceil(task.length / steps)
-    updates = math.ceil(args.num_episodes / args.num_envs) * segments
-    chunk = math.ceil(updates / args.num_rows)
-    num_chunks = math.ceil(updates / chunk)
-    num_episodes = num_chunks * chunk // segments * args.num_envs
-    return Setup(args, task, network, optimizer, steps, segments, chunk, num_chunks, num_episodes)
+    rounds = math.ceil(args.num_episodes / args.num_envs)
+    rounds_per_row = math.ceil(rounds / args.num_rows)
+    rows = math.ceil(rounds / rounds_per_row)
+    steps = rows * rounds_per_row * math.ceil(task.length / args.num_steps)
+    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
+    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
+    return Setup(args, task, network, optimizer, mesh, rounds_per_row, rows)
+
+
+def reset_position(setup: Setup, key: Array) -> Position:
+    """The beginning of new episodes, the environments spread over the devices."""
+    batch = setup.args.num_envs
+    obs, env_state = reset_envs(setup.task, key, batch)
+    carry = [layer.initial_carry(batch) for layer in make_memory(setup.args, setup.task.length)]
+    position = Position(env_state, obs, jnp.ones(batch), carry)
+    return lax.with_sharding_constraint(position, NamedSharding(setup.mesh, PartitionSpec("env")))
 
 
 def init_runner(setup: Setup, key: Array) -> Runner:
-    """Fresh parameters and environments for one agent."""
-    batch, one = setup.args.num_envs, jnp.ones(())
+    """Fresh parameters for one agent."""
     params_key, env_key, key = jax.random.split(key, 3)
-    obs, env_state = reset_envs(setup.task, env_key, batch)
-    carry = [layer.initial_carry(batch) for layer in make_memory(setup.args, setup.task.length)]
-    params = setup.network.init(params_key, carry, obs[None], jnp.ones((1, batch)), method="scan")
-    opt_state, none, returns = setup.optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros(batch)
-    history = jnp.zeros((setup.num_episodes, 2))
-    return Runner(params, opt_state, key, env_state, obs, one, carry, none, returns, none, history)
+    _, obs, start, carry = reset_position(setup, env_key)
+    params = setup.network.init(params_key, carry, obs[None], start[None], method="scan")
+    history = jnp.zeros((setup.rows * setup.rounds * setup.args.num_envs, 2))
+    return Runner(params, setup.optimizer.init(params), key, jnp.zeros((), jnp.int32), history)
 
 
-def collect_segment(setup: Setup, runner: Runner) -> tuple[Runner, Segment, Array]:
-    """Act until T steps are full or the episodes end. The runner moves on, but into no new episode.
+def collect_segment(
+    setup: Setup, params: Any, key: Array, position: Position, T: int
+) -> tuple[Position, Segment, Array]:
+    """Act for T steps. Returns where they lead, the segment, and the value of what follows, (B,)."""
+    network = setup.network
+    act = partial(network.apply, params, network.apply(params, method="kernels"), method="step")
 
-    Returns also the value of what follows, (B,), which is 0 where the episodes have ended.
-    """
-    args, task, network, T = setup.args, setup.task, setup.network, setup.steps
-    kernels = network.apply(runner.params, method="kernels")
-    act = partial(network.apply, runner.params, kernels, method="step")
-
-    def step(loop):
-        t, runner, segment = loop
-        key, action_key, env_key = jax.random.split(runner.key, 3)
-        carry, logits, _ = act(runner.carry, runner.obs, jnp.broadcast_to(runner.start, args.num_envs))
+    def step(position, key):
+        action_key, env_key = jax.random.split(key)
+        env_state, obs, start, carry = position
+        carry, logits, _ = act(carry, obs, start)
         action = jax.random.categorical(action_key, logits)
-        next_obs, env_state, reward = step_envs(task, env_key, runner.env_state, action)
-        now = Segment(runner.obs, action, reward, jnp.ones(()))
-        segment = jax.tree.map(lambda whole, x: whole.at[t].set(x), segment, now)
-        runner = runner._replace(key=key, env_state=env_state, obs=next_obs, start=jnp.zeros(()), carry=carry)
-        return t + 1, runner._replace(time=runner.time + 1, so_far=runner.so_far + reward), segment
+        next_obs, env_state, reward = step_envs(setup.task, env_key, env_state, action)
+        return Position(env_state, next_obs, jnp.zeros_like(start), carry), Segment(obs, start, action, reward)
 
-    shape = (T, args.num_envs)
-    empty = Segment(jnp.zeros((T, *runner.obs.shape)), jnp.zeros(shape, int), jnp.zeros(shape), jnp.zeros(T))
-    goes_on = lambda loop: (loop[0] < T) & (loop[1].time < task.length)  # noqa: E731
-    _, runner, segment = lax.while_loop(goes_on, step, (0, runner, empty))
-    value = act(runner.carry, runner.obs, jnp.zeros(args.num_envs))[2]
-    return runner, segment, jnp.where(runner.time == task.length, 0.0, value)
+    position, segment = lax.scan(step, position, jax.random.split(key, T))
+    return position, segment, act(position.carry, position.obs, position.start)[2]
 
 
-def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
-    """One segment and one gradient step on it; then, where the episodes ended, new ones."""
-    args, before = setup.args, runner
-    runner, segment, bootstrap = collect_segment(setup, runner)
-    grads, metrics = jax.grad(a2c_loss, has_aux=True)(runner.params, setup, before, segment, bootstrap)
-    updates, opt_state = setup.optimizer.update(grads, runner.opt_state, runner.params)
-    runner = runner._replace(params=optax.apply_updates(runner.params, updates), opt_state=opt_state)
+def update(setup: Setup, learner: tuple, key: Array, T: int, last: bool) -> tuple[tuple, tuple[dict, Array]]:
+    """T steps and one gradient step on them. learner: params, opt_state, Position, returns so far (B,)."""
+    params, opt_state, before, returns = learner
+    position, segment, value = collect_segment(setup, params, key, before, T)
+    bootstrap = jnp.zeros_like(value) if last else value  # the episode's last step terminates it
+    grads, metrics = jax.grad(a2c_loss, has_aux=True)(params, setup, before.carry, segment, bootstrap)
+    updates, opt_state = setup.optimizer.update(grads, opt_state, params)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    last_reward = segment.reward[segment.played.sum().astype(int) - 1]
-
-    def fresh():
-        env_key, key = jax.random.split(runner.key)
-        obs, env_state = reset_envs(setup.task, env_key, args.num_envs)
-        env_state = jax.tree.map(lambda new, old: new.astype(old.dtype), env_state, runner.env_state)
-        results = jnp.stack([runner.so_far, last_reward], axis=1)
-        history = lax.dynamic_update_slice(runner.history, results, (runner.finished, 0))
-        opening = runner._replace(key=key, env_state=env_state, obs=obs, start=jnp.ones(()), history=history)
-        opening = opening._replace(finished=runner.finished + args.num_envs)
-        return opening._replace(time=jnp.zeros_like(runner.time), so_far=jnp.zeros_like(runner.so_far))
-
-    return lax.cond(runner.time == setup.task.length, fresh, lambda: runner), metrics
+    returns = returns + segment.reward.sum(axis=0)
+    return (optax.apply_updates(params, updates), opt_state, position, returns), (metrics, segment.reward[-1])
 
 
-def update_chunk(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
-    """``chunk`` updates, and the means of what they report."""
-    runner, metrics = lax.scan(lambda runner, _: update(setup, runner), runner, length=setup.chunk)
+def update_episode(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+    """One episode in every environment: segments of ``num_steps``, the last of what is left, an update after each."""
+    T = min(setup.args.num_steps, setup.task.length)
+    full = math.ceil(setup.task.length / T) - 1
+    key, reset_key, last_key, *keys = jax.random.split(runner.key, 3 + full)
+    learner = (runner.params, runner.opt_state, reset_position(setup, reset_key), jnp.zeros(setup.args.num_envs))
+    collected = []
+    if full:
+        step = partial(update, setup, T=T, last=False)
+        learner, (metrics, _) = lax.scan(step, learner, jnp.stack(keys))
+        collected.append(metrics)
+    learner, (metrics, last_reward) = update(setup, learner, last_key, setup.task.length - full * T, last=True)
+    collected.append(jax.tree.map(lambda x: x[None], metrics))
+    params, opt_state, _, returns = learner
+    history = lax.dynamic_update_slice(runner.history, jnp.stack([returns, last_reward], 1), (runner.finished, 0))
+    metrics = jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x)), *collected)
+    return Runner(params, opt_state, key, runner.finished + len(returns), history), metrics
+
+
+def update_row(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+    """The episodes of one row of metrics.csv, and the means of what they report."""
+    runner, metrics = lax.scan(lambda runner, _: update_episode(setup, runner), runner, length=setup.rounds)
     return runner, jax.tree.map(jnp.mean, metrics)
 
 
@@ -473,14 +478,17 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
 
 
 def init_runners(setup: Setup) -> Runner:
-    """Runners of all seeds."""
+    """Runners of all seeds, the same on every device."""
     keys = jax.vmap(jax.random.PRNGKey)(setup.args.seed + jnp.arange(setup.args.num_seeds))
-    return jax.jit(partial(for_each_seed, setup.args, partial(init_runner, setup)))(keys)
+    init = partial(for_each_seed, setup.args, partial(init_runner, setup))
+    return jax.jit(init, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))(keys)
 
 
-def env_steps(setup: Setup, runners: Runner) -> int:
-    """Environment steps of one agent so far."""
-    return int(runners.finished[0]) * setup.task.length + int(runners.time[0]) * setup.args.num_envs
+def compile_update(setup: Setup, runners: Runner) -> Any:
+    """``update_row`` of every seed as one compiled call; each metric comes back as float (S,)."""
+    function = partial(for_each_seed, setup.args, partial(update_row, setup))
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    return jax.jit(function, donate_argnums=0, out_shardings=everywhere).lower(runners).compile()
 
 
 # ---- 8. Evaluation and bsuite's way of reporting ---------------------------------------------------------------------
@@ -488,8 +496,9 @@ def env_steps(setup: Setup, runners: Runner) -> int:
 
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of one episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
-    setup = make_setup(replace(setup.args, num_envs=setup.args.eval_episodes, num_steps=setup.task.length))
-    return collect_segment(setup, init_runner(setup, key)._replace(params=params))[0].so_far
+    setup = setup._replace(args=replace(setup.args, num_envs=setup.args.eval_episodes))
+    reset_key, key = jax.random.split(key)
+    return collect_segment(setup, params, key, reset_position(setup, reset_key), setup.task.length)[1].reward.sum(0)
 
 
 def print_evaluation(args: Args) -> None:
@@ -504,6 +513,7 @@ def print_evaluation(args: Args) -> None:
         print(f"{about}: mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
 
 
+EPISODES = 10_000  # of a run in bsuite
 LENGTHS = (*range(1, 11), 12, 14, 17, 20, 25, *range(30, 101, 10))
 SWEEPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "memory_len": ("MemoryChain", [{"memory_length": n, "num_bits": 1} for n in LENGTHS]),
@@ -549,36 +559,35 @@ def train(args: Args) -> dict[str, Any]:
     stamp = f"{args.env}__a2c_s5_bsuite__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = common.RunDirectory(Path(args.resume or args.run_dir or f"runs/{stamp}"), args)
     done, runners, seconds = run.restore(init_runners(setup))
-    began = time.perf_counter()
+    episodes_per_row, began = setup.rounds * args.num_envs, time.perf_counter()
     with common.stop_requests() as stop:
         if done == 0:
             run.save(0, runners, 0.0)
-        function = partial(for_each_seed, args, partial(update_chunk, setup))
-        step = jax.jit(function, donate_argnums=0).lower(runners).compile()
+        step = compile_update(setup, runners)
         compile_seconds, memory = time.perf_counter() - began, step.memory_analysis()
-        steps = args.num_seeds * setup.num_episodes * setup.task.length // setup.num_chunks
-        progress = common.ProgressLine(setup.num_chunks, done, steps_per_update=steps)
-        while done < setup.num_chunks and not stop:
-            before, (runners, metrics), done = int(runners.finished[0]), step(runners), done + 1
-            episodes, steps = int(runners.finished[0]), env_steps(setup, runners)
+        steps_per_row = episodes_per_row * setup.task.length
+        progress = common.ProgressLine(setup.rows, done, steps_per_update=steps_per_row * args.num_seeds)
+        while done < setup.rows and not stop:
+            (runners, metrics), done = step(runners), done + 1
             for s in range(args.num_seeds):
-                returns = np.asarray(runners.history[s, before:episodes, 0])
-                row: dict[str, Any] = {"update": done, "env_steps": steps, "seed": args.seed + s, "episodes": episodes}
-                row["return_mean"] = returns.mean().item() if len(returns) else math.nan
-                run.log(row | {name: value[s].item() for name, value in metrics.items()}, progress.steps_per_second)
+                row = {"update": done, "env_steps": done * steps_per_row, "seed": args.seed + s}
+                row["episodes"] = done * episodes_per_row
+                returns = np.asarray(runners.history)[s, row["episodes"] - episodes_per_row : row["episodes"], 0]
+                row |= {"return_mean": returns.mean().item()} | {name: x[s].item() for name, x in metrics.items()}
+                run.log(row, progress.steps_per_second)
             progress.update(run.returns(args.seed))
-            if done % args.checkpoint_interval == 0 or done == setup.num_chunks or stop:
+            if done % args.checkpoint_interval == 0 or done == setup.rows or stop:
                 run.save(done, runners, seconds + time.perf_counter() - began)
     if stop:
         print(f"stopped; go on with: python a2c_s5_bsuite.py --resume {run.path}")
         raise SystemExit(128 + stop[0])
-    measured = {"script": "a2c_s5_bsuite", "env": args.env, "updates": done * setup.chunk}
-    measured |= {"env_steps": env_steps(setup, runners), "compile_seconds": compile_seconds}
+    measured = {"script": "a2c_s5_bsuite", "env": args.env, "updates": done, "env_steps": done * steps_per_row}
+    measured |= {"compile_seconds": compile_seconds, "run_seconds": seconds + time.perf_counter() - began}
+    measured |= {"steps_per_second": progress.steps_per_second, "episodes": done * episodes_per_row}
     measured["program_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    measured |= {"run_seconds": seconds + time.perf_counter() - began, "steps_per_second": progress.steps_per_second}
-    for s, episodes in enumerate(np.asarray(runners.history)):
-        finished = episodes[: int(runners.finished[s])]
-        write_bsuite_log(run.path / f"bsuite_seed{args.seed + s}.csv", args.env, setup.task.length, finished)
+    for s, history in enumerate(np.asarray(runners.history)):
+        if run.writes:
+            write_bsuite_log(run.path / f"bsuite_seed{args.seed + s}.csv", args.env, setup.task.length, history)
     summary = run.finish(measured)
     print(f"best return {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {run.path}")
     return summary
@@ -589,12 +598,12 @@ def run_sweep(args: Args) -> None:
 
     Runs lie in RUN_DIR/ID-N; RUN_DIR/logs is what bsuite's csv_load reads.
     """
-    env, settings = SWEEPS[args.sweep]
+    (env, settings), episodes = SWEEPS[args.sweep], min(args.num_episodes, EPISODES)
     root = Path(args.run_dir or f"runs/{args.sweep}__a2c_s5_bsuite__{args.arch}__s{args.seed}")
     (root / "logs").mkdir(parents=True, exist_ok=True)
     for i, setting in enumerate(settings):
         run_dir = root / f"{args.sweep}-{i}"
-        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **setting)
+        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **{"num_episodes": episodes} | setting)
         if not (run_dir / "summary.json").exists():
             print(f"{args.sweep}/{i}: {setting}")
             train(replace(own, resume=str(run_dir)) if run_dir.exists() else own)
@@ -604,6 +613,8 @@ def run_sweep(args: Args) -> None:
 
 def main() -> int:
     args = common.parse_args(Args, PRESETS)
+    if args.distributed:
+        common.join_cluster()
     if args.list_envs:
         print("\n".join(ENVS))
     elif args.eval:

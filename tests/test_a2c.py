@@ -133,10 +133,10 @@ def test_memory_chains_of_any_length_end_after_one_step_more(memory_length):
 # ---------------------------------------------------------------- learner
 
 
-def plain_td_lambda(args, reward, value, bootstrap, steps):
+def plain_td_lambda(args, reward, value, bootstrap):
     """The definition, step by step from the end, for one environment."""
     returns, G, following = np.zeros(len(reward)), bootstrap, bootstrap
-    for t in reversed(range(steps)):
+    for t in reversed(range(len(reward))):
         G = reward[t] + args.gamma * ((1 - args.td_lambda) * following + args.td_lambda * G)
         returns[t], following = G, value[t]
     return returns
@@ -147,12 +147,11 @@ def plain_td_lambda(args, reward, value, bootstrap, steps):
 def test_td_lambda_returns_are_those_of_a_plain_loop(steps, td_lambda):
     args = small_args(td_lambda=td_lambda, gamma=0.9)
     rng = np.random.default_rng(steps)
-    reward, value, bootstrap = rng.normal(size=(9, 3)), rng.normal(size=(9, 3)), rng.normal(size=3)
-    played = (np.arange(9) < steps).astype(np.float32)
-    found = a2c.td_lambda_returns(args, *map(jnp.asarray, (reward, value, bootstrap, played)))
+    reward, value, bootstrap = rng.normal(size=(steps, 3)), rng.normal(size=(steps, 3)), rng.normal(size=3)
+    found = a2c.td_lambda_returns(args, *map(jnp.asarray, (reward, value, bootstrap)))
     for b in range(3):
-        expected = plain_td_lambda(args, reward[:, b], value[:, b], bootstrap[b], steps)
-        np.testing.assert_allclose(found[:steps, b], expected[:steps], atol=1e-5)
+        expected = plain_td_lambda(args, reward[:, b], value[:, b], bootstrap[b])
+        np.testing.assert_allclose(found[:, b], expected, atol=1e-5)
 
 
 def test_td_lambda_returns_by_hand():
@@ -162,65 +161,77 @@ def test_td_lambda_returns_by_hand():
     """
     args = small_args(gamma=0.5, td_lambda=0.5)
     column = lambda *x: jnp.array(x, jnp.float32)[:, None]  # noqa: E731
-    found = a2c.td_lambda_returns(args, column(0, 0, 4), column(8, 4, 2), jnp.zeros(1), jnp.ones(3))
+    found = a2c.td_lambda_returns(args, column(0, 0, 4), column(8, 4, 2), jnp.zeros(1))
     np.testing.assert_allclose(found[:, 0], [1.375, 1.5, 4.0], rtol=1e-6)
+
+
+def play_two_segments(setup, T):
+    """The first two segments of an episode with fresh parameters; where each began, and the values after them."""
+    params = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0)).params
+    collect = fast_jit(lambda key, position: a2c.collect_segment(setup, params, key, position, T))
+    begin = a2c.reset_position(setup, jax.random.key(1))
+    middle, first, value = collect(jax.random.key(2), begin)
+    _, second, last_value = collect(jax.random.key(3), middle)
+    return params, [(begin, first, value), (middle, second, last_value)]
 
 
 @pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "attention", "mlp"])
 def test_acting_and_learning_see_the_same_network(arch):
-    """Logits of the segment's scan are those with which its actions were drawn, also where a segment begins inside."""
-    setup = a2c.make_setup(small_args(arch=arch, memory_length=10, num_steps=4))
-    runner = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0))
-    update = fast_jit(lambda runner: a2c.update(setup, runner))
-    for _ in range(4):  # into the second episode: 11 = 4 + 4 + 3
-        runner, _ = update(runner)
-    kernels = setup.network.apply(runner.params, method="kernels")
-    _, segment, _ = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
-    start = jnp.zeros((4, 4)).at[0].set(runner.start)
-    _, logits, values = setup.network.apply(runner.params, runner.carry, segment.obs, start, method="scan")
-    carry = runner.carry
-    for t in range(4):
-        carry, now, value = setup.network.apply(runner.params, kernels, carry, segment.obs[t], start[t], method="step")
-        np.testing.assert_allclose(now, logits[t], atol=1e-5)
-        np.testing.assert_allclose(value, values[t], atol=1e-5)
+    """The learner's scan from the carry stored at a segment's start gives what step by step acting gives."""
+    setup = a2c.make_setup(small_args(arch=arch, memory_length=10))
+    params, played = play_two_segments(setup, 4)
+    kernels = setup.network.apply(params, method="kernels")
+    for position, segment, following in played:
+        carry, start = position.carry, segment.start
+        end, logits, values = setup.network.apply(params, carry, segment.obs, start, method="scan")
+        for t in range(4):
+            carry, now, value = setup.network.apply(params, kernels, carry, segment.obs[t], start[t], method="step")
+            np.testing.assert_allclose(now, logits[t], atol=1e-5)
+            np.testing.assert_allclose(value, values[t], atol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), carry, end)
+        assert following.shape == (4,)
+    # the value that the first segment is bootstrapped from is that of the second's first observation
+    position, segment, _ = played[1]
+    first_value = setup.network.apply(params, position.carry, segment.obs, segment.start, method="scan")[2][0]
+    np.testing.assert_allclose(played[0][2], first_value, atol=1e-5)
 
 
-def test_segments_never_mix_episodes_at_the_paper_preset():
-    """MemoryChain shows the time on each step: within a segment it falls, and an episode's last step ends one."""
-    args = dataclasses.replace(a2c.Args(**a2c.PRESETS["paper"]), memory_length=40, num_episodes=3)
-    small = {"encoder_layers": (8,), "s5_width": 8, "s5_state": 4}
-    setup = a2c.make_setup(dataclasses.replace(args, **small))
-    assert setup.steps == 32 and setup.segments == 2 and args.num_envs == 1
+def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
+    """What the learner gets, in order: 32 steps from the start of an episode, then the 9 that are left of it."""
+    args = dataclasses.replace(a2c.Args(**a2c.PRESETS["paper"]), memory_length=40, num_episodes=3, num_rows=1)
+    setup = a2c.make_setup(dataclasses.replace(args, encoder_layers=(8,), s5_width=8, s5_state=4))
+    assert args.num_steps == 32 and args.num_envs == 1
+    seen, collect = [], a2c.collect_segment
+
+    def recorded(*arguments):
+        position, segment, value = collect(*arguments)
+        jax.debug.callback(lambda *x: seen.append(x), segment, ordered=True)
+        return position, segment, value
+
+    monkeypatch.setattr(a2c, "collect_segment", recorded)
     runner = a2c.init_runner(setup, jax.random.PRNGKey(0))
-    collect, update = (fast_jit(lambda r, f=f: f(setup, r)) for f in (a2c.collect_segment, a2c.update))
-    lengths = []
-    for i in range(6):
-        _, segment, _ = collect(runner)
-        assert float(runner.start) == (i % 2 == 0)
-        played = int(segment.played.sum())
-        lengths.append(played)
-        left = np.asarray(segment.obs[:played, 0, 0])  # 1 - time / length; the first observation is shown twice
+    runner, _ = fast_jit(lambda runner: a2c.update_row(setup, runner))(runner)
+    jax.effects_barrier()
+    segments = [segment for (segment,) in seen]
+    assert [len(segment.reward) for segment in segments] == [32, 9] * 3
+    for i, segment in enumerate(segments):
+        assert segment.start.ravel().tolist() == [float(i % 2 == 0), *[0.0] * (len(segment.start) - 1)]
+        left = np.asarray(segment.obs[:, 0, 0])  # 1 - time / length; the first observation is shown twice
         assert (np.diff(left) <= 0).all() and (np.diff(left[1:]) < 0).all()
-        np.testing.assert_array_equal(segment.reward[:-1][: played - 1], 0)
-        assert (abs(segment.reward[played - 1]) == (i % 2)).all()
-        assert not np.asarray(segment.obs[played:]).any() and not np.asarray(segment.reward[played:]).any()
-        runner, _ = update(runner)
-    assert lengths == [32, 9] * 3
-    assert int(runner.finished) == 3 and (abs(np.asarray(runner.history[:3])) == 1).all()
+        assert not segment.reward[:-1].any() and abs(segment.reward[-1, 0]) == i % 2
+    assert int(runner.finished) == 3 and (abs(np.asarray(runner.history)) == 1).all()
 
 
-def test_steps_that_were_not_played_do_not_change_the_gradient():
-    setup = a2c.make_setup(small_args(memory_length=6, num_steps=5))  # 7 = 5 + 2
-    runner = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0))
-    runner, _ = fast_jit(lambda runner: a2c.update(setup, runner))(runner)
-    _, segment, _ = fast_jit(lambda runner: a2c.collect_segment(setup, runner))(runner)
-    assert segment.played.tolist() == [1, 1, 0, 0, 0]
-    gradient = fast_jit(jax.grad(lambda p, s: a2c.a2c_loss(p, setup, runner, s, jnp.zeros(4))[0]))
-    garbage = segment._replace(
-        obs=segment.obs.at[2:].set(3.0), reward=segment.reward.at[2:].set(5.0), action=segment.action.at[2:].set(1)
-    )
-    one, other = gradient(runner.params, segment), gradient(runner.params, garbage)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
+@pytest.mark.parametrize("last", [True, False])
+def test_what_follows_a_segment_is_worth_its_value_and_nothing_after_the_end(monkeypatch, last):
+    setup, given = a2c.make_setup(small_args(memory_length=10)), []
+    params, ((begin, _, value), _) = play_two_segments(setup, 4)
+    loss = a2c.a2c_loss
+    monkeypatch.setattr(a2c, "a2c_loss", lambda *x: (given.append(x[-1]), loss(*x))[1])
+    learner = (params, setup.optimizer.init(params), begin, jnp.zeros(4))
+    a2c.update(setup, learner, jax.random.key(2), 4, last)
+    np.testing.assert_allclose(given[0], jnp.zeros(4) if last else value, atol=1e-6)
+    assert value.all()
 
 
 @pytest.mark.learning
@@ -311,7 +322,7 @@ def test_sweeps_have_the_settings_of_bsuite(sweep, settings):
         for name, value in suite.SETTINGS[f"{sweep}/{i}"].items():
             ours = {renamed.get(key, key): x for key, x in setting.items()}
             assert value is None or ours[name] == value
-        episodes = setting.get("num_episodes", a2c.Args().num_episodes)
+        episodes = setting.get("num_episodes", a2c.EPISODES)
         assert episodes == suite.EPISODES[f"{sweep}/{i}"]
 
 
