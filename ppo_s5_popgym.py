@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import popgym_jax
 import s5_common as common
+from popgym_jax.trials import save_trials
 
 # ---- 2. Arguments ----------------------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ class Args:
     """PPO with S5 on POPGym."""
 
     env: str = "RepeatPreviousHard"  # a POPGym task, also by the paper's names (RepeatHard, ...); see --list-envs
-    # flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win
-    preset: Literal["default", "paper"] = "default"
+    # flag values to begin from: for a laptop, the same for MetaStatelessCartPole, or the paper's; explicit flags win
+    preset: Literal["default", "meta", "paper"] = "default"
     # the memory; s5-noreset leaks its state from one episode into the next, the paper's "S5 with a dot"
     arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
     seed: int = 0  # seed of the first agent
@@ -80,6 +81,8 @@ class Args:
     distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
     eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
     eval_episodes: int = 256  # episodes to evaluate
+    eval_trials: int = 0  # trials of an episode in evaluation, of an environment that has trials; 0: as in training
+    eval_beside: tuple[str, ...] = ()  # evaluated run directories whose returns per trial join the picture
     list_envs: bool = False  # print the names of all environments and stop
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)
@@ -88,7 +91,7 @@ class Args:
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
         for name, value in vars(self).items():
-            low = 0 if name in ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda") else 1e-12
+            low = 0 if name in ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda", "eval_trials") else 1e-12
             high = {"gamma": 1, "gae_lambda": 1, "seed": 2**31 - 1}.get(name, 1e12)
             for number in value if isinstance(value, tuple) else [value]:
                 if type(number) in (int, float) and not low <= number <= high:
@@ -107,6 +110,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "meta": {"preset": "meta", "total_timesteps": 20_000_000, "num_minibatches": 4, "update_epochs": 4}
+    | {"learning_rate": 5e-4, "gae_lambda": 0.95},
     "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
     | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
     | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
@@ -124,11 +129,6 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
     if jnp.issubdtype(previous_action.dtype, jnp.integer):
         previous_action = jax.nn.one_hot(previous_action, num_actions)
     return jnp.concatenate([obs, previous_action * (1.0 - start)[:, None], start[:, None]], axis=-1)
-
-
-def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
-    """Fresh episodes: observations float (B, O) and environment states."""
-    return jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
 
 
 def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
@@ -398,6 +398,10 @@ def make_setup(args: Args) -> Setup:
         env, env_params = popgym_jax.make(args.env)
     except popgym_jax.UnknownEnvironmentError as error:
         raise common.UsageError(f"--env {args.env}: {error}") from None
+    if args.eval_trials and not hasattr(env_params, "num_trials"):
+        raise common.UsageError(f"--eval-trials {args.eval_trials}: must be 0, as {env.name} has no trials")
+    if args.eval and args.eval_trials:
+        env, env_params = popgym_jax.make(args.env, num_trials=args.eval_trials)
     if args.num_devices > jax.device_count():
         raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
     space = env.action_space(env_params)
@@ -414,7 +418,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     """Fresh parameters and environments for one agent."""
     batch, network = setup.args.num_envs, setup.network
     params_key, env_key, key = jax.random.split(key, 3)
-    obs, env_state = reset_envs(setup, env_key, batch)
+    obs, env_state = jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(env_key, batch), setup.env_params)
     start, zeros = jnp.ones(batch), jnp.zeros(batch)
     obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
@@ -532,19 +536,20 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
-    """Return of the first episode in each of ``eval_episodes`` environments, float (E,), actions sampled."""
-    envs = jnp.arange(setup.args.eval_episodes)
-    setup = setup._replace(args=replace(setup.args, num_envs=len(envs)))
-    runner = init_runner(setup, key)._replace(params=params)
+    """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
+    envs, trials = jnp.arange(setup.args.eval_episodes), getattr(setup.env_params, "num_trials", 0)
+    setup = setup._replace(args=replace(setup.args, num_envs=len(envs), num_steps=1))
 
-    def more(loop):
-        runner, returns = loop
+    def step(loop):
+        runner, returns, playing = loop
+        trial = runner.env_state.trial if trials else 0
         runner, rollout, _ = collect_rollout(setup, runner)
-        ended = rollout.terminated | rollout.truncated  # (T, E)
-        first = rollout.so_far["return"][jnp.argmax(ended, axis=0), envs]
-        return runner, jnp.where(jnp.isnan(returns) & ended.any(axis=0), first, returns)
+        returns = returns.at[envs, trial].add(rollout.reward[0] * playing)
+        return runner, returns, playing * (1.0 - runner.start)
 
-    return lax.while_loop(lambda loop: jnp.any(jnp.isnan(loop[1])), more, (runner, jnp.full(len(envs), jnp.nan)))[1]
+    runner, returns = init_runner(setup, key)._replace(params=params), jnp.zeros((len(envs), trials or 1))
+    returns = lax.while_loop(lambda loop: loop[2].any(), step, (runner, returns, jnp.ones(len(envs))))[1]
+    return returns if trials else returns[:, 0]
 
 
 def print_evaluation(args: Args) -> None:
@@ -552,11 +557,14 @@ def print_evaluation(args: Args) -> None:
     setup = make_setup(args)
     update, runners, _ = common.RunDirectory(Path(args.eval), args).restore(init_runners(setup))
     play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))
-    for i, returns in enumerate(np.asarray(jax.jit(partial(lax.map, play))(runners.params))):
+    results = np.asarray(jax.jit(partial(lax.map, play))(runners.params))  # (S, E) or (S, E, K)
+    for i, returns in enumerate(results.reshape(*results.shape[:2], -1).sum(axis=-1)):
         error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
         quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
         about = f"{args.env}, seed {args.seed + i}, update {update}, {len(returns)} episodes"
         print(f"{about}: mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
+    if results.ndim == 3:
+        print(f"return of each trial: {save_trials(args.eval, results, args.seed, args.eval_beside)}")
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
@@ -599,7 +607,7 @@ def main() -> int:
     if args.distributed:
         common.join_cluster()
     if args.list_envs:
-        print("\n".join(popgym_jax.registered_envs))
+        print("\n".join(popgym_jax.registered_envs + popgym_jax.meta_envs))
     elif args.eval:
         print_evaluation(args)
     else:

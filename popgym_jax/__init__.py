@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from popgym_jax.registration import UnknownEnvironmentError, make, registered_envs
+from popgym_jax.random_projection import RandomProjection
+from popgym_jax.registration import UnknownEnvironmentError, make, meta_envs, registered_envs
 from popgym_jax.wrappers import EpisodeStatistics, PreviousActionAndStart
 
 if TYPE_CHECKING:
@@ -11,8 +12,10 @@ if TYPE_CHECKING:
 __all__ = [
     "EpisodeStatistics",
     "PreviousActionAndStart",
+    "RandomProjection",
     "UnknownEnvironmentError",
     "make",
+    "meta_envs",
     "registered_envs",
     "to_gymnasium",
     "to_gymnasium_vector",

@@ -1,4 +1,4 @@
-"""From a name to an environment: `make`, `registered_envs` and the spellings that are accepted."""
+"""From a name to an environment: `make`, `registered_envs`, `meta_envs`, accepted spellings."""
 
 import difflib
 from typing import Any
@@ -16,6 +16,7 @@ from popgym_jax.concentration import Concentration
 from popgym_jax.count_recall import CountRecall
 from popgym_jax.higher_lower import HigherLower
 from popgym_jax.labyrinth import LabyrinthEscape, LabyrinthExplore
+from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
 from popgym_jax.minesweeper import MineSweeper
 from popgym_jax.multiarmed_bandit import MultiarmedBandit
 from popgym_jax.pendulum import NoisyPositionOnlyPendulum, PositionOnlyPendulum
@@ -56,6 +57,13 @@ registered_envs: tuple[str, ...] = tuple(
     family + difficulty for family in FAMILIES for difficulty in DIFFICULTIES
 )
 
+# environments that POPGym does not have, each in one difficulty
+META: dict[str, type[Environment]] = {
+    "MetaStatelessCartPole": MetaStatelessCartPole,
+    "MetaNoisyStatelessCartPole": MetaNoisyStatelessCartPole,
+}
+meta_envs: tuple[str, ...] = tuple(META)
+
 
 class UnknownEnvironmentError(ValueError):
     """No environment has this name; the message is one line and lists the nearest names."""
@@ -63,8 +71,8 @@ class UnknownEnvironmentError(ValueError):
 
 def _spellings() -> dict[str, str]:
     """Every accepted spelling in lower case, without a gym id's prefix, to its canonical name."""
-    spellings = {}
-    for name in registered_envs:
+    spellings = {"noisymetastatelesscartpole": "MetaNoisyStatelessCartPole"}
+    for name in registered_envs + meta_envs:
         spellings[name.lower()] = name
         spellings[name.replace("PositionOnly", "Stateless").lower()] = name
         if name.startswith("RepeatPrevious"):  # the paper's figures write RepeatHard
@@ -78,7 +86,7 @@ def canonical_name(name: str) -> str:
     Case does not matter. Accepted are the registered name (RepeatPreviousHard), the reference's
     gym id (popgym-RepeatPreviousHard-v0), and the paper's names: Stateless.. for PositionOnly..
     (NoisyStateless.. for NoisyPositionOnly..) and RepeatEasy, RepeatMedium, RepeatHard for
-    RepeatPrevious... Raises UnknownEnvironmentError.
+    RepeatPrevious..., NoisyMeta.. for MetaNoisy... Raises UnknownEnvironmentError.
     """
     spellings = _spellings()
     bare = name.strip().lower().removeprefix("popgym-").removesuffix("-v0")
@@ -90,19 +98,22 @@ def canonical_name(name: str) -> str:
 
 
 def family_and_level(name: str) -> tuple[str, int]:
-    """A registered name's key in FAMILIES, and 0, 1 or 2 for Easy, Medium or Hard."""
+    """A name of registered_envs: its key in FAMILIES, and 0, 1, 2 for Easy, Medium, Hard."""
     return next((name.removesuffix(d), i) for i, d in enumerate(DIFFICULTIES) if name.endswith(d))
 
 
-def make(name: str) -> tuple[Environment, Any]:
+def make(name: str, **arguments: Any) -> tuple[Environment, Any]:
     """Environment and default parameters by name, like gymnax.make.
 
     name: any spelling that `canonical_name` accepts; raises UnknownEnvironmentError otherwise
+    arguments: of the environment's constructor, in place of those that the name stands for
     """
     name = canonical_name(name)
-    family, level = family_and_level(name)
-    env_class, arguments = FAMILIES[family]
-    env = env_class(
-        **{argument: values[level] for argument, values in arguments.items()}, name=name
-    )
+    if name in META:
+        env = META[name](**arguments, name=name)
+    else:
+        family, level = family_and_level(name)
+        env_class, levels = FAMILIES[family]
+        own = {argument: values[level] for argument, values in levels.items()}
+        env = env_class(**own | arguments, name=name)
     return env, env.default_params
