@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +29,13 @@ from gymnax.environments import spaces
 from jax import Array, lax
 from jax.scipy.stats import norm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
 
 import popgym_jax
 import s5_common as common
-from popgym_jax.trials import save_trials
+
 
 # ---- 2. Arguments ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Args:
     """PPO with S5 on POPGym."""
@@ -90,22 +88,11 @@ class Args:
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
-        for name, value in vars(self).items():
-            low = 0 if name in ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda", "eval_trials") else 1e-12
-            high = {"gamma": 1, "gae_lambda": 1, "seed": 2**31 - 1}.get(name, 1e12)
-            for number in value if isinstance(value, tuple) else [value]:
-                if type(number) in (int, float) and not low <= number <= high:
-                    flag, bound = f"--{name.replace('_', '-')}", "at least" if low == 0 else "above"
-                    raise common.UsageError(f"{flag} {number}: must be {bound} 0 and at most {high:g}")
-        if self.distributed and not (self.run_dir or self.resume or self.eval):
-            raise common.UsageError("--distributed True: needs a --run-dir that all processes share")
+        zero = ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda", "eval_trials")
+        common.check_args(self, zero, at_most={"gamma": 1, "gae_lambda": 1})
         if self.num_envs % (self.num_minibatches * self.num_devices):
             parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
             raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
-        if self.s5_dt_min > self.s5_dt_max:
-            raise common.UsageError(f"--s5-dt-min {self.s5_dt_min}: must be at most --s5-dt-max {self.s5_dt_max}")
-        if self.arch == "attention" and self.s5_width % 8:
-            raise common.UsageError(f"--s5-width {self.s5_width}: must be a multiple of 8 with --arch attention")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -118,9 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"s5_layers": 4, "s5_width": 256, "s5_state": 128, "s5_norm": False, "checkpoint_interval": 5},
 }
 
+
 # ---- 3. Environment and what the agent sees of it --------------------------------------------------------------------
-
-
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
     """Observation (B, O), previous action int (B,) or float (B, A), start flag (B,) -> float (B, O + A + 1).
 
@@ -129,6 +115,11 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
     if jnp.issubdtype(previous_action.dtype, jnp.integer):
         previous_action = jax.nn.one_hot(previous_action, num_actions)
     return jnp.concatenate([obs, previous_action * (1.0 - start)[:, None], start[:, None]], axis=-1)
+
+
+def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
+    """Fresh episodes: observations float (B, O) and environment states."""
+    return jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
 
 
 def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
@@ -143,8 +134,6 @@ def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Arra
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
-
-
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -296,8 +285,6 @@ class ActorCritic(nn.Module):
 
 
 # ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
-
-
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -339,8 +326,6 @@ class Rollout(NamedTuple):
 
 
 # ---- 6. Advantages and loss ------------------------------------------------------------------------------------------
-
-
 def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
 
@@ -390,8 +375,6 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
 
 
 # ---- 7. Rollout and update -------------------------------------------------------------------------------------------
-
-
 def make_setup(args: Args) -> Setup:
     """Environment, network, optimiser and devices for these flags. Raises UsageError."""
     try:
@@ -418,7 +401,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     """Fresh parameters and environments for one agent."""
     batch, network = setup.args.num_envs, setup.network
     params_key, env_key, key = jax.random.split(key, 3)
-    obs, env_state = jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(env_key, batch), setup.env_params)
+    obs, env_state = reset_envs(setup, env_key, batch)
     start, zeros = jnp.ones(batch), jnp.zeros(batch)
     obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
@@ -533,8 +516,6 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
-
-
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
     envs, trials = jnp.arange(setup.args.eval_episodes), getattr(setup.env_params, "num_trials", 0)
@@ -555,51 +536,54 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
 def print_evaluation(args: Args) -> None:
     """Evaluate the newest checkpoint of --eval with a fixed key: mean, standard error and quantiles for each seed."""
     setup = make_setup(args)
-    update, runners, _ = common.RunDirectory(Path(args.eval), args).restore(init_runners(setup))
+    run = common.RunDirectory(args, setup.env.name, "ppo_s5_popgym")
+    runners = run.restore(init_runners(setup))
     play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))
     results = np.asarray(jax.jit(partial(lax.map, play))(runners.params))  # (S, E) or (S, E, K)
-    for i, returns in enumerate(results.reshape(*results.shape[:2], -1).sum(axis=-1)):
+    for seed, returns in zip(run.seeds, results.reshape(*results.shape[:2], -1).sum(axis=-1), strict=True):
         error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
         quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-        about = f"{args.env}, seed {args.seed + i}, update {update}, {len(returns)} episodes"
-        print(f"{about}: mean {returns.mean():.4f}, standard error {error:.4f}, quantiles {quantiles}")
+        about = f"{args.env}, seed {seed}, update {run.done}, {len(returns)} episodes: mean {returns.mean():.4f}"
+        print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
     if results.ndim == 3:
-        print(f"return of each trial: {save_trials(args.eval, results, args.seed, args.eval_beside)}")
+        print(f"return of each trial: {save_trials(args, results)}")
+
+
+def save_trials(args: Args, returns: np.ndarray) -> Path:
+    """Write trials_K.csv and, with the lines of --eval-beside, trials_K.png into the run directory; the table's path.
+
+    returns: of each trial, float (S, E, K). Raises OSError if a run of --eval-beside has no table of K trials.
+    """
+    (S, E, K), first = returns.shape, args.seed
+    table = Path(args.eval) / f"trials_{K}.csv"
+    beside = {other: np.loadtxt(Path(other) / table.name, delimiter=",", skiprows=1) for other in args.eval_beside}
+    (seeds, trials), error = np.indices((S, K)), returns.std(axis=1) / math.sqrt(max(E - 1, 1))
+    rows = np.stack([first + seeds, 1 + trials, returns.mean(axis=1), error], axis=-1).reshape(-1, 4)
+    np.savetxt(table, rows, "%.8g", ",", header="seed,trial,mean_return,standard_error", comments="")
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for run, found in {args.eval: rows, **beside}.items():
+        for seed in np.unique(found[:, 0]):
+            _, trial, mean, error = found[found[:, 0] == seed].T
+            axes.plot(trial, mean, label=f"{Path(run).resolve().name}, seed {seed:.0f}")
+            axes.fill_between(trial, mean - error, mean + error, alpha=0.25)
+    axes.set(xlabel="trial", ylabel="mean return of a trial")
+    axes.legend(fontsize="small")
+    figure.savefig(table.with_suffix(".png"), dpi=150)
+    return table
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
-
-
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
     setup = make_setup(args)
-    stamp = f"{setup.env.name}__ppo_s5_popgym__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = common.RunDirectory(Path(args.resume or args.run_dir or f"runs/{stamp}"), args)
-    done, runners, seconds = run.restore(init_runners(setup))
-    began = time.perf_counter()
-    with common.stop_requests() as stop:
-        if done == 0:
-            run.save(0, runners, 0.0)
+    with common.RunDirectory(args, setup.env.name, "ppo_s5_popgym") as run:
+        runners = run.restore(init_runners(setup))
         step = compile_update(setup, runners)
-        compile_seconds = time.perf_counter() - began
-        progress = common.ProgressLine(args.num_updates, done, steps_per_update=args.batch_size * args.num_seeds)
-        while done < args.num_updates and not stop:
+        run.compiled(args.num_updates, steps=args.batch_size)
+        while run.done < args.num_updates and not run.stop:
             runners, metrics = step(runners)
-            metrics, done = jax.tree.map(np.asarray, metrics), done + 1
-            for s in range(args.num_seeds):
-                row = {"update": done, "env_steps": done * args.batch_size, "seed": args.seed + s}
-                run.log(row | {name: value[s].item() for name, value in metrics.items()}, progress.steps_per_second)
-            progress.update(run.returns(args.seed))
-            if done % args.checkpoint_interval == 0 or done == args.num_updates or stop:
-                run.save(done, runners, seconds + time.perf_counter() - began)
-    if stop:
-        print(f"stopped; go on with: python ppo_s5_popgym.py --resume {run.path}")
-        raise SystemExit(128 + stop[0])
-    measured = {"script": "ppo_s5_popgym", "env": setup.env.name, "updates": done, "env_steps": done * args.batch_size}
-    measured |= {"compile_seconds": compile_seconds, "run_seconds": seconds + time.perf_counter() - began}
-    summary = run.finish(measured | {"steps_per_second": progress.steps_per_second})
-    print(f"best return (MMER) {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {run.path}")
-    return summary
+            run.update(runners, metrics)
+    return run.finish()
 
 
 def main() -> int:

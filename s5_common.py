@@ -1,6 +1,5 @@
 """What the three scripts share and a reader may trust unread: state-space numerics, the memories that S5 is compared
-with, run plumbing. The S5 layer, the learners and the environment loops stand in the scripts.
-Shapes: T time, B environments, H model width, P complex states (half of N real ones); time comes first, (T, B, ...).
+with, run plumbing. Shapes: T time, B environments, H model width, P complex states; time comes first, (T, B, ...).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -36,24 +35,19 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+
 # ---- 1. State-space numerics ----------------------------------------------------------------------------------------
-
-
-def hippo_legs(n: int) -> np.ndarray:
-    """HiPPO-LegS, float64 (n, n): -sqrt((2i + 1)(2j + 1)) for i > j, -(i + 1) for i = j, else 0. Gu et al. 2020."""
-    root = np.sqrt(2 * np.arange(n) + 1.0)
-    return -(np.tril(np.outer(root, root), -1) + np.diag(np.arange(n) + 1.0))
-
-
 def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS. Gu et al. 2022; Smith et al. 2023, B.1.
+    """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS. Gu et al. 2020, 2022; Smith et al. 2023, B.1.
 
-    A = S - p p^T with p_i = sqrt(i + 1/2); S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with Re(Lambda) = -1/2
-    and unitary V. Eigenvalues come in conjugate pairs; the half with positive imaginary part is returned, since 2 Re(.)
-    restores the other. n: real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
+    With p_i = sqrt(i + 1/2), HiPPO-LegS is A_ij = -2 p_i p_j for i > j, -(i + 1) for i = j, else 0. A = S - p p^T, and
+    S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with Re(Lambda) = -1/2 and unitary V. Eigenvalues come in
+    conjugate pairs; the half with positive imaginary part is returned, since 2 Re(.) restores the other.
+    n: real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
     """
     p = np.sqrt(np.arange(n) + 0.5)
-    frequency, vectors = np.linalg.eigh(-1j * (hippo_legs(n) + np.outer(p, p) + 0.5 * np.eye(n)))
+    skew = np.triu(np.outer(p, p), 1) - np.tril(np.outer(p, p), -1)
+    frequency, vectors = np.linalg.eigh(-1j * skew)
     return -0.5 + 1j * frequency[n // 2 :], vectors[:, n // 2 :]
 
 
@@ -86,9 +80,7 @@ def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array])
 
 
 # The fast path. A reset only multiplies the transition by zero, so no third element is carried:
-#
 #     x_t = keep_t Lambda_bar x_{t-1} + B_bar u_t,      keep_t = 1 - start_t
-#
 # A complex vector of P states travels packed, as 2P floats, the real parts and then the imaginary parts, so that
 # B_bar u and Re(C x) are single real matrix products.
 
@@ -124,8 +116,7 @@ def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
         return b[0] * a[0], b[0] * a[1] + b[1]
 
     transition, drive = keep[..., None] * packed_to_complex(Lambda_bar), packed_to_complex(drive)  # (T, B, P)
-    first = -1 if reverse else 0
-    drive = drive.at[first].add(transition[first] * packed_to_complex(carry))
+    drive = drive.at[-reverse].add(transition[-reverse] * packed_to_complex(carry))  # into the first step
     return complex_to_packed(lax.associative_scan(compose, (transition, drive), reverse=reverse)[1])
 
 
@@ -148,11 +139,6 @@ def linear_recurrence(Lambda_bar: Array, drive: Array, keep: Array, carry: Array
     return _scan(Lambda_bar, drive, keep, carry)
 
 
-def _recurrence_forward(*operands):
-    states = _scan(*operands)
-    return states, (operands, states)
-
-
 def _recurrence_backward(residuals, cotangent):
     """The adjoint is the same recurrence, backwards in time, with the conjugate transition:
 
@@ -172,7 +158,7 @@ def _recurrence_backward(residuals, cotangent):
     return jnp.concatenate([d_real, d_imag]), adjoint, jnp.zeros_like(keep), d_carry
 
 
-linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+linear_recurrence.defvjp(lambda *operands: (states := _scan(*operands), (operands, states)), _recurrence_backward)
 
 
 # ---- 2. The memories that S5 is compared with -----------------------------------------------------------------------
@@ -181,8 +167,6 @@ linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 #   kernels()                      -> kernels     what step can reuse for as long as the parameters stay as they are
 #   scan(carry, x, start)          -> carry, y    learning: x and y (T, B, H), start float (T, B)
 #   step(kernels, carry, x, start) -> carry, y    acting:   x and y (B, H),    start float (B,)
-
-
 class Memory(nn.Module):
     """Base of the memories that prepare nothing for ``step``, which here is a sequence of one."""
 
@@ -199,14 +183,12 @@ class Memory(nn.Module):
 class Memoryless(Memory):
     """One dense layer in the place of the memory: the paper's MLP ("FC") baseline. It has no carry."""
 
-    def setup(self):
-        self.dense = nn.Dense(self.width)
-
     def initial_carry(self, batch: int) -> tuple:
         return ()
 
+    @nn.compact
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
-        return carry, nn.leaky_relu(self.dense(x))
+        return carry, nn.leaky_relu(nn.Dense(self.width, name="dense")(x))
 
 
 class Recurrent(Memory):
@@ -260,11 +242,10 @@ class Attention(Memory):
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
         x, start = jnp.swapaxes(x, 0, 1), jnp.swapaxes(start, 0, 1)  # (B, T, H), (B, T)
         (old_cache, length), B, T, W = carry, *start.shape, self.window
-        line, time = jnp.arange(W + T), jnp.arange(W, W + T)  # the time line: the cache, then the sequence
+        line, time, cache = jnp.arange(W + T), jnp.arange(W, W + T), []  # the time line: the cache, then the sequence
         opened = lax.cummax(jnp.where(start > 0, time, W - length[:, None]), axis=1)  # where its episode began
         age = time[:, None] - line
         mask = (age >= 0) & (age < W) & (line >= opened[..., None])  # (B, T, W + T)
-        cache = []
         for i, (old_keys, old_values) in enumerate(old_cache):
             q, k, v = jnp.split(self.qkv[i](self.norms[2 * i](x)), 3, axis=-1)
             k, v = jnp.concatenate([old_keys, k], axis=1), jnp.concatenate([old_values, v], axis=1)
@@ -277,8 +258,6 @@ class Attention(Memory):
 
 
 # ---- 3. Run plumbing ------------------------------------------------------------------------------------------------
-
-
 class UsageError(ValueError):
     """Bad input. The message names the flag, its value and what is allowed."""
 
@@ -310,8 +289,7 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
             raise UsageError(" ".join(lines).split("For full helptext")[0]) from None
 
     first = parse(args_class())
-    run_dir = first.resume or first.eval
-    if not run_dir:
+    if not (run_dir := first.resume or first.eval):
         args = parse(args_class(**presets[first.preset]))
     else:
         try:
@@ -321,11 +299,26 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
             raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
         args = parse(default)
         for name, then in vars(default).items():
-            if getattr(args, name) != then and name != "resume" and not name.startswith("eval"):
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise UsageError(f"{flag}: the run in {run_dir} was made with {then}")
+            if (now := getattr(args, name)) != then and name != "resume" and not name.startswith("eval"):
+                raise UsageError(f"--{name.replace('_', '-')} {now}: the run in {run_dir} was made with {then}")
     args.check()
     return args
+
+
+def check_args(args: Any, zero: Sequence[str], at_most: dict[str, float]) -> None:
+    """UsageError for a number that is not above 0 (or is not 0, where ``zero`` has it) or is above its ``at_most``."""
+    for name, value in vars(args).items():
+        low, high = 0 if name in zero else 1e-12, at_most.get(name, 2**31 - 1 if name == "seed" else 1e12)
+        for number in value if isinstance(value, tuple) else [value]:
+            if type(number) in (int, float) and not low <= number <= high:
+                bound = f"{'above' if low else 'at least'} 0 and at most {high:g}"
+                raise UsageError(f"--{name.replace('_', '-')} {number}: must be {bound}")
+    if args.s5_dt_min > args.s5_dt_max:
+        raise UsageError(f"--s5-dt-min {args.s5_dt_min}: must be at most --s5-dt-max {args.s5_dt_max}")
+    if args.arch == "attention" and args.s5_width % 8:
+        raise UsageError(f"--s5-width {args.s5_width}: must be a multiple of 8 with --arch attention")
+    if args.distributed and not (args.run_dir or args.resume or args.eval):
+        raise UsageError("--distributed True: needs a --run-dir that all processes share")
 
 
 def join_cluster() -> None:
@@ -346,16 +339,21 @@ def provenance() -> dict[str, Any]:
 
 
 class RunDirectory:
-    """One run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture and summary.
+    """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress line.
 
-    metrics.csv holds nothing that depends on the clock: a resumed run's equals that of a run that never stopped. Of a
-    distributed run only the first process writes the logs.
+    A resumed run's metrics.csv equals that of a run that never stopped. Of a distributed run the first process logs.
+    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second one stops at once.
     """
 
-    def __init__(self, path: Path, args: Any):
-        self.path, self.writes = path, jax.process_index() == 0
+    def __init__(self, args: Any, env: str, script: str):
+        stamp = f"{env}__{script}__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = path = Path(args.resume or args.eval or args.run_dir or f"runs/{stamp}")
+        self.about = {"script": script, "env": env, "arch": args.arch, "preset": args.preset}
         self.rows: list[dict[str, Any]] = []
+        self.stop: list[int] = []
+        self.done, self.seconds, self.steps_per_second, self.writes = 0, 0.0, math.nan, jax.process_index() == 0
         self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
+        self.seeds = range(args.seed, args.seed + args.num_seeds)
         if args.track and not find_spec("wandb"):
             raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
         creates = self.writes and not (args.resume or args.eval)
@@ -367,29 +365,43 @@ class RunDirectory:
             (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
             draft.rename(path)
         if self.writes and args.track:
-            wandb = import_module("wandb")
-            wandb.init(project="s5-in-context-rl", name=path.name, config=self.args, dir=path, sync_tensorboard=True)
+            options = {"name": path.name, "config": self.args, "dir": path, "sync_tensorboard": True}
+            import_module("wandb").init(project="s5-in-context-rl", **options)
         multihost_utils.sync_global_devices("run directory")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
         self.checkpoints = ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)
 
-    def save(self, update: int, state: Any, seconds: float) -> None:
-        """Write a checkpoint. It counts only once it is whole, and the one before it stays."""
-        about = ocp.args.JsonSave({"args": self.args, "seconds": seconds})
-        self.checkpoints.save(update, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
+    def __enter__(self) -> RunDirectory:
+        def receive(number, frame):
+            self.stop.append(number)
+            if len(self.stop) > 1:
+                raise SystemExit(128 + number)
 
-    def restore(self, like: Any) -> tuple[int, Any, float]:
-        """Update, state and seconds of the newest checkpoint, or (0, like, 0) if the run has not begun.
+        self.handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def save(self, state: Any) -> None:
+        """Write a checkpoint. It counts only once it is whole, and the one before it stays."""
+        about = ocp.args.JsonSave({"args": self.args, "seconds": self.seconds + time.perf_counter() - self.began})
+        self.checkpoints.save(self.done, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
+
+    def restore(self, like: Any) -> Any:
+        """The state of the newest checkpoint, or ``like``, then saved, if the run has not begun. The clock starts.
         like: a state with the wanted shapes, dtypes and placement. Raises UsageError.
         """
-        update = self.checkpoints.latest_step()
+        update, self.began = self.checkpoints.latest_step(), time.perf_counter()
         if update is None:
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
                 raise UsageError(f"{self.path}: its checkpoints are missing")
-            return 0, like, 0.0
+            self.save(like)
+            return like
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
         try:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
             found = self.checkpoints.restore(update, args=items)
         except Exception as error:  # orbax raises many kinds
             raise UsageError(f"{self.path}: checkpoint {update} is damaged or misplaced ({error!s:.200})") from None
@@ -398,103 +410,91 @@ class RunDirectory:
                 raise UsageError(f"{self.path}: its checkpoint was made with {name} {then}, its args.json says {value}")
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.csv").open(newline="") as file:
             self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
-        return update, found.state, found.about["seconds"]
+        self.done, self.seconds = update, found.about["seconds"]
+        return found.state
 
-    def log(self, row: dict[str, Any], steps_per_second: float) -> None:
-        """Append a row to metrics.csv, where a NaN (a mean over no episode) is an empty field, and to TensorBoard.
+    def compiled(self, updates: int, steps: int) -> None:
+        """The updates begin: how many in all, and environment steps of one agent in each."""
+        self.updates, self.steps, self.first = updates, steps, self.done + 1
+        self.compile_seconds, self.printed, self.counted_from = time.perf_counter() - self.began, 0.0, 0.0
+        self.bar = tqdm(initial=self.done, total=updates, unit=" updates", disable=not sys.stderr.isatty())
 
+    def update(self, state: Any, metrics: dict[str, Any]) -> None:
+        """An update is done: log its metrics, arrays (S,), show progress, and save when due, at the end and on a stop.
         Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before that.
         """
+        metrics, self.done, now = jax.tree.map(np.asarray, metrics), self.done + 1, time.perf_counter()
+        steps, last = self.steps * len(self.seeds), self.done == self.updates
+        self.counted_from = now if self.done == self.first else self.counted_from  # without compilation, first update
+        self.steps_per_second = (self.done - self.first) * steps / (now - self.counted_from or math.nan)
+        for s, seed in enumerate(self.seeds):
+            row = {"update": self.done, "env_steps": self.done * self.steps, "seed": seed}
+            self.log(row | {name: value[s].item() for name, value in metrics.items()})
+        returns = self.returns(self.seeds[0])
+        text = f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
+        text = f"{self.done * steps:,} steps, {self.steps_per_second:,.0f}/s, {text}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (now - self.printed > 5 and self.done > self.first or last):
+            eta, self.printed = (self.updates - self.done) * steps / self.steps_per_second, now
+            print(f"update {self.done} of {self.updates}: {text}, ETA {eta:.0f} s", flush=True)
+        if last or self.stop or self.done % self.args["checkpoint_interval"] == 0:
+            self.save(state)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.csv, where a NaN (a mean over no episode) is an empty field, and to TensorBoard."""
         for name in row:
             if not math.isfinite(row[name]) and (name.endswith("_loss") or name == "grad_norm"):
-                where = f"{name} is not finite at update {row['update']}, seed {row['seed']}"
-                raise FloatingPointError(f"{where}; the last good checkpoint is in {self.path}")
-        row = {name: None if math.isnan(value) else value for name, value in row.items()}
-        if self.writes and not hasattr(self, "csv"):  # begin with the rows from before the restored checkpoint
+                where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
+                raise FloatingPointError(f"{name} is not finite at {where}")
+        self.rows.append({name: None if math.isnan(value) else value for name, value in row.items()})
+        if not self.writes:
+            return
+        if not hasattr(self, "csv"):  # begin with the rows from before the restored checkpoint
             self.file = (self.path / "metrics.tmp").open("w", newline="")
             self.csv = csv.DictWriter(self.file, list(row))
             self.csv.writeheader()
-            self.csv.writerows(self.rows)
+            self.csv.writerows(self.rows[:-1])
             Path(self.file.name).replace(self.path / "metrics.csv")
-            self.tensorboard = SummaryWriter(str(self.path), purge_step=row["update"] if self.rows else None)
-        if self.writes:
-            self.csv.writerow(row)
-            self.file.flush()
-            for name, value in (row | {"steps_per_second": steps_per_second}).items():
-                if value is not None and math.isfinite(value):
-                    self.tensorboard.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
-        self.rows.append(row)
+            self.tensorboard = SummaryWriter(str(self.path), purge_step=row["update"] if self.rows[1:] else None)
+        self.csv.writerow(self.rows[-1])
+        self.file.flush()
+        for name, value in (row | {"steps_per_second": self.steps_per_second}).items():
+            if math.isfinite(value):
+                self.tensorboard.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
 
     def returns(self, seed: int) -> list[float]:
         """The mean returns logged so far for a seed."""
         own = [row["return_mean"] for row in self.rows if int(row["seed"]) == seed]
         return [float(value) for value in own if value not in (None, "")]
 
-    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """Write learning_curve.png and summary.json: what was measured, the returns, where they come from."""
-        seeds = [self.args["seed"] + s for s in range(self.args["num_seeds"])]
-        returns = [self.returns(seed) for seed in seeds]
-        final, best = [r[-1] for r in returns if r], [max(r) for r in returns if r]  # without seeds of no episode yet
-        summary = measured | {"arch": self.args["arch"], "preset": self.args["preset"], "seeds": seeds}
-        summary |= {"final_return": float(np.mean(final or math.nan)), "best_return": float(np.mean(best or math.nan))}
-        summary |= {"final_returns": final, "best_returns": best} | provenance()
-        summary = {k: None if v != v else v for k, v in summary.items()}  # NaN, which no episode has, is not JSON
+    def finish(self, **measured: Any) -> dict[str, Any]:
+        """Write learning_curve.png and summary.json, and return the latter. After a stop raises SystemExit instead."""
+        if self.stop:
+            print(f"stopped; go on with: python {self.about['script']}.py --resume {self.path}")
+            raise SystemExit(128 + self.stop[0])
+        returns = [own for own in map(self.returns, self.seeds) if own]  # without seeds of no episode yet
+        summary = self.about | {"seeds": list(self.seeds), "env_steps": self.done * self.steps, "updates": self.done}
+        summary |= {"compile_seconds": self.compile_seconds, "steps_per_second": self.steps_per_second}
+        summary |= {"run_seconds": self.seconds + time.perf_counter() - self.began} | measured
+        for name, values in {"final": [own[-1] for own in returns], "best": [max(own) for own in returns]}.items():
+            summary |= {f"{name}_return": float(np.mean(values or math.nan)), f"{name}_returns": values}
+        summary = {k: None if v != v else v for k, v in (summary | provenance()).items()}  # JSON has no NaN
         if self.writes:
             plot_learning_curves({self.path.name: self.rows}, self.path / "learning_curve.png")
             (self.path / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+        print(f"best return {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {self.path}")
         return summary
 
 
 def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     """Mean episodic return against environment steps, a line for each seed of each run (its rows of metrics.csv)."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for label, rows in runs.items():
         for seed in sorted({int(row["seed"]) for row in rows}):
             own = [row for row in rows if int(row["seed"]) == seed and row["return_mean"] not in (None, "")]
-            points = np.array([(row["env_steps"], row["return_mean"]) for row in own], float).reshape(-1, 2)
-            axes.plot(*points.T, linewidth=1, label=f"{label}, seed {seed}")
+            x, y = ([float(row[name]) for row in own] for name in ("env_steps", "return_mean"))
+            axes.plot(x, y, linewidth=1, label=f"{label}, seed {seed}")
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
     axes.legend(fontsize="small")
     figure.savefig(picture, dpi=150)
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM for the training loop to read; the second one stops at once."""
-    received: list[int] = []
-
-    def receive(number, frame):
-        received.append(number)
-        if len(received) > 1:
-            raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class ProgressLine:
-    """Counts updates and steps per second: a live tqdm bar on a terminal, elsewhere a plain line every few seconds."""
-
-    def __init__(self, updates: int, done: int, steps_per_update: int):
-        self.bar = tqdm(initial=done, total=updates, unit=" updates", disable=not sys.stderr.isatty())
-        self.updates, self.done, self.size, self.first, self.printed = updates, done, steps_per_update, done + 1, 0.0
-        self.steps_per_second = math.nan  # compilation and first update left out
-
-    def update(self, returns: Sequence[float]) -> None:
-        now, self.done = time.perf_counter(), self.done + 1
-        if self.done == self.first:
-            self.began = now
-        else:
-            self.steps_per_second = (self.done - self.first) * self.size / (now - self.began)
-        text = f"{self.done * self.size:,} steps, {self.steps_per_second:,.0f}/s, "
-        text += f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and (now - self.printed > 5 and self.done > self.first or self.done == self.updates):
-            eta, self.printed = (self.updates - self.done) * self.size / self.steps_per_second, now
-            print(f"update {self.done} of {self.updates}: {text}, ETA {eta:.0f} s", flush=True)

@@ -30,13 +30,11 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from popgym_jax.trials import Curve, draw, read_trials  # noqa: E402
-
 SCRIPT = ROOT / "ppo_s5_popgym.py"
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, mean and its standard error
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def read(args: Args, arch: str, seed: int) -> tuple[dict[str, Any], np.ndarray, 
     summary = json.loads((run_dir / "summary.json").read_text())
     metrics = csv.DictReader((run_dir / "metrics.csv").open())
     curve = np.array([(float(row["env_steps"]), float(row["return_mean"] or "nan")) for row in metrics])
-    trials = read_trials(run_dir / f"trials_{args.eval_trials}.csv")[0, :, 2]
+    trials = np.loadtxt(run_dir / f"trials_{args.eval_trials}.csv", delimiter=",", skiprows=1)[:, 2]
     row = {"env": summary["env"], "arch": arch, "seed": seed, "env_steps": summary["env_steps"]}
     row |= {"best_return": round(summary["best_return"], 4), "final_return": round(summary["final_return"], 4)}
     for first, last in ((1, 1), (2, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32)):
@@ -92,6 +90,20 @@ def over_seeds(x: np.ndarray, values: list[np.ndarray]) -> Curve:
     stacked = np.stack(values)
     spread = stacked.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(stacked[0])
     return x, stacked.mean(axis=0), spread / np.sqrt(len(values))
+
+
+def draw(curves: dict[str, Curve], picture: Path, xlabel: str, ylabel: str, trained: int = 0) -> None:
+    """A line with a band of +- its error for each label; ``trained`` marks the last trial that training had."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, (x, mean, error) in curves.items():
+        axes.plot(x, mean, label=label)
+        axes.fill_between(x, mean - error, mean + error, alpha=0.25)
+    if trained:
+        axes.axvline(trained + 0.5, color="grey", linestyle=":", label=f"trained on {trained} trials")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(fontsize="small")
+    figure.savefig(picture, dpi=150)
 
 
 def main() -> None:

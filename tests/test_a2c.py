@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import signal
 import sys
 import time
 
@@ -66,7 +65,7 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", a2c.ENVS)
+@pytest.mark.parametrize("name", a2c.TASKS)
 def test_environment_is_bsuites_step_for_step(name):
     """Equal hidden state at the start, equal actions: equal observations, rewards and ends. Random rewards and
     distractors of UmbrellaChain have to be possible ones; all else in it has to be equal."""
@@ -74,9 +73,10 @@ def test_environment_is_bsuites_step_for_step(name):
     args = small_args(env=name, **flags)
     task, reference = a2c.make_task(args), make(args)
     rng = np.random.default_rng(0)
-    step = jax.jit(lambda key, state, action: a2c.step_envs(task, key, state, action))
+    reset = fast_jit(lambda key: a2c.reset_envs(task, key, 1))
+    step = fast_jit(lambda key, state, action: a2c.step_envs(task, key, state, action))
     for episode in range(60):
-        obs, state = a2c.reset_envs(task, jax.random.key(episode), 1)
+        obs, state = reset(jax.random.key(episode))
         now = reference.reset()
         same_state(name, reference, jax.tree.map(lambda x: x[0], state))
         expected = reference._observation() if name == "Catch" else reference._get_observation()
@@ -166,33 +166,33 @@ def test_td_lambda_returns_by_hand():
 
 
 def play_two_segments(setup, T):
-    """The first two segments of an episode with fresh parameters; where each began, and the values after them."""
-    params = fast_jit(lambda key: a2c.init_runner(setup, key))(jax.random.PRNGKey(0)).params
-    collect = fast_jit(lambda key, position: a2c.collect_segment(setup, params, key, position, T))
-    begin = a2c.reset_position(setup, jax.random.key(1))
-    middle, first, value = collect(jax.random.key(2), begin)
-    _, second, last_value = collect(jax.random.key(3), middle)
-    return params, [(begin, first, value), (middle, second, last_value)]
+    """The first two segments of an episode with fresh parameters: the runner before, the segment, the value after."""
+    runner = fast_jit(lambda seed: a2c.init_runner(setup, seed))(0)
+    collect = fast_jit(lambda runner: a2c.collect_segment(setup, runner, T))
+    middle, first, value = collect(runner)
+    return [(runner, first, value), (middle, *collect(middle)[1:])]
 
 
 @pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "attention", "mlp"])
 def test_acting_and_learning_see_the_same_network(arch):
     """The learner's scan from the carry stored at a segment's start gives what step by step acting gives."""
     setup = a2c.make_setup(small_args(arch=arch, memory_length=10))
-    params, played = play_two_segments(setup, 4)
+    played = play_two_segments(setup, 4)
+    params = played[0][0].params
     kernels = setup.network.apply(params, method="kernels")
-    for position, segment, following in played:
-        carry, start = position.carry, segment.start
-        end, logits, values = setup.network.apply(params, carry, segment.obs, start, method="scan")
+    for runner, segment, following in played:
+        carry, start = runner.carry, segment.start
+        end, logits, values = setup.network.apply(params, carry, segment.obs, start)
         for t in range(4):
-            carry, now, value = setup.network.apply(params, kernels, carry, segment.obs[t], start[t], method="step")
+            carry, now, value = setup.network.apply(params, carry, segment.obs[t], start[t], kernels=kernels)
             np.testing.assert_allclose(now, logits[t], atol=1e-5)
             np.testing.assert_allclose(value, values[t], atol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), carry, end)
         assert following.shape == (4,)
     # the value that the first segment is bootstrapped from is that of the second's first observation
-    position, segment, _ = played[1]
-    first_value = setup.network.apply(params, position.carry, segment.obs, segment.start, method="scan")[2][0]
+    runner, segment, _ = played[1]
+    np.testing.assert_array_equal(runner.obs, segment.obs[0])
+    first_value = setup.network.apply(params, runner.carry, segment.obs, segment.start)[2][0]
     np.testing.assert_allclose(played[0][2], first_value, atol=1e-5)
 
 
@@ -204,13 +204,15 @@ def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
     seen, collect = [], a2c.collect_segment
 
     def recorded(*arguments):
-        position, segment, value = collect(*arguments)
+        runner, segment, value = collect(*arguments)
         jax.debug.callback(lambda *x: seen.append(x), segment, ordered=True)
-        return position, segment, value
+        return runner, segment, value
 
     monkeypatch.setattr(a2c, "collect_segment", recorded)
-    runner = a2c.init_runner(setup, jax.random.PRNGKey(0))
-    runner, _ = fast_jit(lambda runner: a2c.update_row(setup, runner))(runner)
+    runner = fast_jit(lambda seed: a2c.init_runner(setup, seed))(0)
+    episode = fast_jit(lambda runner: a2c.update_episode(setup, runner))
+    for _ in range(3):
+        runner, _ = episode(runner)
     jax.effects_barrier()
     segments = [segment for (segment,) in seen]
     assert [len(segment.reward) for segment in segments] == [32, 9] * 3
@@ -225,11 +227,16 @@ def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
 @pytest.mark.parametrize("last", [True, False])
 def test_what_follows_a_segment_is_worth_its_value_and_nothing_after_the_end(monkeypatch, last):
     setup, given = a2c.make_setup(small_args(memory_length=10)), []
-    params, ((begin, _, value), _) = play_two_segments(setup, 4)
+    runner, _, value = play_two_segments(setup, 4)[0]
     loss = a2c.a2c_loss
-    monkeypatch.setattr(a2c, "a2c_loss", lambda *x: (given.append(x[-1]), loss(*x))[1])
-    learner = (params, setup.optimizer.init(params), begin, jnp.zeros(4))
-    a2c.update(setup, learner, jax.random.key(2), 4, last)
+
+    def recorded(*arguments):
+        jax.debug.callback(given.append, arguments[-1])
+        return loss(*arguments)
+
+    monkeypatch.setattr(a2c, "a2c_loss", recorded)
+    fast_jit(lambda runner: a2c.update(setup, runner, 4, last))(runner)
+    jax.effects_barrier()
     np.testing.assert_allclose(given[0], jnp.zeros(4) if last else value, atol=1e-6)
     assert value.all()
 
@@ -269,17 +276,28 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
     assert out.count("8 episodes: mean") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, number):
+def test_two_devices_give_the_metrics_of_one(tmp_path):
+    flags = as_flags(**SMALL | {"num_episodes": 80, "memory_length": 12, "num_steps": 5})
+    finish(run_script(*flags, "--run-dir", "one", cwd=tmp_path))
+    two = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    program = {"program": (str(SCRIPT),), "XLA_FLAGS": two}
+    finish(start_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, **program))
+    for ours, theirs in zip(
+        read(tmp_path / "two" / "metrics.csv"), read(tmp_path / "one" / "metrics.csv"), strict=True
+    ):
+        for name, value in ours.items():
+            assert float(value) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
     flags = as_flags(**SMALL | {"num_episodes": 2000, "num_rows": 60, "checkpoint_interval": 2})
     whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
     shorter = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)
     while not (tmp_path / "cut" / "metrics.csv").exists() or len(read(tmp_path / "cut" / "metrics.csv")) < 3:
         assert shorter.poll() is None, "ended before it could be stopped"
         time.sleep(0.01)
-    shorter.send_signal(number)
+    shorter.kill()
     shorter.communicate(timeout=120)
-    assert shorter.returncode == (-9 if number == signal.SIGKILL else 143)
     finish(run_script("--resume", "cut", cwd=tmp_path))
     finish(whole)
     for name in ("metrics.csv", "bsuite_seed0.csv"):
@@ -296,6 +314,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, number):
         (["--sweep", "mnist"], "--sweep mnist: must be one of memory_len"),
         (["--arch", "transformer"], "transformer"),
         (["--s5-dt-min", "1"], "--s5-dt-min 1.0: must be at most --s5-dt-max"),
+        (["--num-devices", "3"], "--num-envs 16: must be a multiple of --num-devices 3"),
+        (["--num-devices", "16"], "--num-devices 16: this machine has"),
+        (["--distributed"], "--distributed True: needs a --run-dir"),
+        (["--arch", "attention", "--s5-width", "12"], "--s5-width 12: must be a multiple of 8"),
         (["--resume", "nowhere"], "nowhere: not a run directory"),
     ],
 )

@@ -2,6 +2,7 @@
 around the environment without them, and what an agent can and cannot know."""
 
 import csv
+import dataclasses
 import itertools
 import sys
 from typing import Any
@@ -21,7 +22,6 @@ from popgym_jax.cartpole import PositionOnlyCartPole
 from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
 from popgym_jax.random_projection import random_orthogonal
 from popgym_jax.registration import canonical_name
-from popgym_jax.trials import read_trials, save_trials
 
 PROJECTED = {  # environment, observation_size, steps: several episodes
     "cards": ("RepeatPreviousEasy", None, 120),
@@ -472,7 +472,7 @@ for flags in sys.argv[1].split(";"):
 
 def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path):
     (tmp_path / "old").mkdir()
-    save_trials(tmp_path / "old", np.ones((1, 4, 18)))
+    ppo.save_trials(tiny_args(eval=str(tmp_path / "old")), np.ones((1, 4, 18)))
     flags = {"env": "MetaStatelessCartPole", "total_timesteps": 128, "arch": "mlp", "num_seeds": 2, "run_dir": "a"}
     lines = [" ".join(tiny_flags(**flags)), "--eval a --eval-trials 18 --eval-beside old"]
     lines += [" ".join(tiny_flags(eval_trials=number, run_dir="none")) for number in (3, -1)]
@@ -494,10 +494,11 @@ def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path
 
 def test_table_of_trials_against_plain_sums_and_missing_tables_before_anything_is_written(tmp_path):
     returns = np.random.default_rng(0).random((2, 5, 3))
+    args = tiny_args(eval=str(tmp_path), seed=7)
     with pytest.raises(OSError, match="trials_3.csv"):
-        save_trials(tmp_path, returns, 7, [tmp_path / "missing"])
+        ppo.save_trials(dataclasses.replace(args, eval_beside=(str(tmp_path / "missing"),)), returns)
     assert not list(tmp_path.iterdir())
-    rows = read_trials(save_trials(tmp_path, returns, 7))
+    rows = np.loadtxt(ppo.save_trials(args, returns), delimiter=",", skiprows=1).reshape(2, 3, 4)
     for s, k in itertools.product(range(2), range(3)):
         own = returns[s, :, k]
         np.testing.assert_allclose(rows[s, k], [7 + s, 1 + k, own.mean(), stats.sem(own)], rtol=1e-6)

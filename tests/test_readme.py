@@ -7,13 +7,18 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPT, as_flags, finish, start_script, tiny_flags
+from conftest import ROOT, as_flags, finish, start_script
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SMALL = {"total_timesteps": 128, "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
-SMALL |= {"encoder_layers": (16,), "decoder_layers": (16,), "s5_layers": 1, "s5_width": 16, "s5_state": 8}
-SMALL |= {"num_seeds": 1, "num_devices": 1, "checkpoint_interval": 1}
+NETWORK = {"num_envs": 8, "num_steps": 16, "encoder_layers": (16,), "s5_layers": 1, "s5_width": 16, "s5_state": 8}
+NETWORK |= {"num_seeds": 1, "num_devices": 1, "checkpoint_interval": 1}
+PPO = {"total_timesteps": 128, "num_minibatches": 2, "update_epochs": 1, "decoder_layers": (16,)}
+SMALL = {
+    "ppo_s5_popgym.py": NETWORK | PPO,
+    "a2c_s5_bsuite.py": NETWORK | {"num_episodes": 16, "memory_length": 4},
+}
+BENCHMARKS = {"popgym_runs.py": ["--seeds", "0", "--out", "out", "--", *as_flags(**SMALL["ppo_s5_popgym.py"])]}
 
 
 def commands(text):
@@ -25,7 +30,7 @@ def commands(text):
                 words = shlex.split(part.strip().removeprefix("$ "), comments=True)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     words = words[1:]  # JAX_PLATFORMS=cpu python ...
-                if words[:1] == ["python"] and (words[1] == SCRIPT.name or words[1].startswith("benchmarks/")):
+                if words[:1] == ["python"] and (words[1] in SMALL or words[1].startswith("benchmarks/")):
                     found.append(" ".join(map(shlex.quote, words[1:])))
     return list(dict.fromkeys(found))
 
@@ -58,34 +63,40 @@ def test_the_readme_begins_with_installing_and_training():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A directory with a run that commands can resume and evaluate."""
+    """A directory with small runs that commands can resume and evaluate."""
     folder = tmp_path_factory.mktemp("readme")
-    finish(start_script(*tiny_flags(run_dir="run", total_timesteps=256), cwd=folder))
+    for script, env in (("ppo_s5_popgym.py", "RepeatEasy"), ("a2c_s5_bsuite.py", "MemoryChain")):
+        flags = as_flags(env=env, run_dir=script.removesuffix(".py"), **SMALL[script])
+        finish(start_script(*flags, cwd=folder, program=(str(ROOT / script),)))
+    flags = as_flags(env="MetaStatelessCartPole", run_dir="meta", **SMALL["ppo_s5_popgym.py"])
+    finish(start_script(*flags, cwd=folder))
     return folder
 
 
-@pytest.mark.parametrize("command", found)
+@pytest.mark.parametrize("command", [command for command in found if "--sweep" not in command])
 def test_command_of_the_readme_runs(command, trained, tmp_path):
-    """A later flag wins, so the small ones are appended; a run that is named is replaced by one that exists."""
+    """A later flag wins, so the small ones are appended; a run that is named is replaced by one that exists.
+
+    Sweeps are dozens of runs: test_a2c.py has a short one.
+    """
     script, *flags = shlex.split(command)
     flags = [flag for flag in flags if flag not in ("--distributed", "--track")]
-    small = as_flags(**SMALL, run_dir=tmp_path / "run")
-    if script != SCRIPT.name:
+    if script not in SMALL:
         (tmp_path / "results").mkdir()
-        flags += {"popgym_runs.py": ["--seeds", "0", "--out", "out", "--", *small[:-2]]}.get(
-            script.split("/")[1], ["--quick"]
-        )
-        words = [sys.executable, str(ROOT / script), *flags]
+        words = [sys.executable, str(ROOT / script), *flags, *BENCHMARKS.get(script.split("/")[1], ["--quick"])]
         quick = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         done = subprocess.run(words, cwd=tmp_path, env=quick, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return
     for name in ("--resume", "--eval"):
         if name in flags:
-            flags[flags.index(name) + 1] = str(trained / "run")
+            run = "meta" if "--eval-trials" in flags else script.removesuffix(".py")
+            flags[flags.index(name) + 1] = str(trained / run)
+    if "--eval" in flags:
+        flags += ["--eval-episodes", "4"]
     if not {"--resume", "--eval", "--list-envs", "--help"} & set(flags):
-        flags += small
-    out, err = finish(start_script(*flags, cwd=tmp_path))
+        flags += as_flags(**SMALL[script], run_dir=tmp_path / "run")
+    out, err = finish(start_script(*flags, cwd=tmp_path, program=(str(ROOT / script),)))
     assert out and err == ""
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, as_flags, finish, start_script, tiny_flags
+from conftest import ROOT, as_flags, finish, start_script, tiny_args, tiny_flags
 
 import ppo_s5_popgym as ppo
 import s5_common as common
@@ -305,10 +305,11 @@ def test_a_loss_that_is_not_finite_stops_with_1_and_keeps_the_last_good_checkpoi
     assert (code, err) == (0, "") and "nan" not in out and f"update {stopped_at - 1}," in out
 
 
-def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error():
+def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        with pytest.raises(FloatingPointError), common.stop_requests():
+        with pytest.raises(FloatingPointError), common.RunDirectory(tiny_args(run_dir=str(tmp_path / "run")), "", ""):
+            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
             raise FloatingPointError
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     finally:
