@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -305,7 +305,7 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
     return args
 
 
-def check_args(args: Any, zero: Sequence[str], at_most: dict[str, float]) -> None:
+def check_args(args: Any, zero: Collection[str], at_most: dict[str, float]) -> None:
     """UsageError for a number that is not above 0 (or is not 0, where ``zero`` has it) or is above its ``at_most``."""
     for name, value in vars(args).items():
         low, high = 0 if name in zero else 1e-12, at_most.get(name, 2**31 - 1 if name == "seed" else 1e12)

@@ -1,0 +1,954 @@
+"""Muesli with resettable S5 layers: meta-RL over randomly projected control tasks, in one file.
+
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.4, with
+the learner of Hessel et al. 2021, "Muesli: Combining Improvements in Policy Optimization", for continuous actions.
+
+    python muesli_s5_metarl.py                                # six DeepMind Control tasks at once
+    python muesli_s5_metarl.py --tasks CartpoleSwingup        # one task, minutes on 2 CPU cores
+    python muesli_s5_metarl.py --preset paper                 # the paper's table, for large accelerators
+
+Shapes: T time, B environments ("slots"), O observation features, A action dimensions, F features of the agent's input,
+H model width, P complex states of an S5 layer, K model unroll, N sampled actions, S seeds; time comes first, (T, B,
+...). start is 1 where an observation opens a meta-episode. Departures from the paper are marked "Deviation".
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.linen.initializers import lecun_normal, normal
+from jax import Array, lax
+from jax.scipy.stats import norm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+
+import s5_common as common
+
+
+# ---- 2. Arguments ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Args:
+    """Muesli with S5 on randomly projected control tasks."""
+
+    suite: Literal["dmc", "brax", "gymnax"] = "dmc"  # where the tasks are from; see --list-envs
+    tasks: str = ""  # tasks to train on, separated by commas; if empty, the suite's own
+    eval_tasks: str = ""  # held-out tasks, evaluated but never trained on; if empty, the suite's own
+    # flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win
+    preset: Literal["default", "paper"] = "default"
+    arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"  # the memory
+    seed: int = 0  # seed of the first agent
+    num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
+    total_timesteps: int = 20_000_000  # environment steps for each agent, rounded up to whole rollouts
+    num_envs: int = 96  # parallel slots B, an equal share for each task
+    num_steps: int = 125  # steps of a rollout T, a divisor of meta-steps; gradients do not reach further back
+    num_minibatches: int = 8  # minibatches of an epoch; each takes whole sequences of some slots
+    update_epochs: int = 1  # passes over each rollout
+    meta_steps: int = 1000  # steps of a meta-episode, over which memory and projections last
+    projection: bool = True  # new random projections in each meta-episode; off: the agent sees the tasks as they are
+    obs_size: int = 12  # features O of the projected observation
+    action_size: int = 2  # dimensions A of the action before projection
+    brax_backend: Literal["spring", "positional", "generalized"] = "spring"  # Brax's physics
+    learning_rate: float = 1e-3  # Adam step size
+    anneal_lr: bool = True  # bring the step size to zero linearly over the run
+    gamma: float = 0.99  # discount
+    retrace_lambda: float = 0.95  # lambda of Retrace
+    vf_coef: float = 1.0  # weight of the value loss
+    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
+    muesli_pg_coef: float = 1.0  # weight of the policy gradient
+    muesli_cmpo_coef: float = 1.0  # weight of the CMPO regulariser
+    muesli_model_coef: float = 3.0  # weight of the model loss; 0 also keeps q_prior untrained
+    muesli_retrace_q: bool = False  # Retrace's correction is G - q_prior(s, a); off: G - v_prior(s)
+    muesli_unroll: int = 1  # steps K that the model is unrolled for its loss
+    muesli_samples: int = 16  # actions N sampled from the prior for each CMPO target
+    muesli_clip: float = 1.0  # CMPO clips normalised advantages to this
+    muesli_target_rate: float = (
+        0.1  # the target network moves by this share towards the parameters at each gradient step
+    )
+    muesli_advantage_decay: float = 0.99  # beta of the moving average of the squared advantage, per rollout
+    muesli_support: int = 15  # values and rewards, after the transform, are categorical over -n, ..., n
+    encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
+    s5_layers: int = 2  # layers of S5
+    s5_width: int = 128  # model width H
+    s5_state: int = 64  # complex states P of a layer, each standing for a conjugate pair
+    s5_dt_min: float = 0.001  # smallest initial time step
+    s5_dt_max: float = 0.1  # largest initial time step
+    s5_norm: bool = True  # layer normalisation before each S5 layer
+    rnn_width: int = 128  # width of the LSTM or GRU that takes S5's place
+    run_dir: str = ""  # directory of the run; if empty, runs/TASKS__SCRIPT__ARCH__sSEED__TIME
+    resume: str = ""  # go on with the run in this directory, exactly as if it had never stopped
+    checkpoint_interval: int = 20  # updates between checkpoints
+    track: bool = False  # also log to Weights & Biases
+    num_devices: int = 1  # devices to spread the environments over
+    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
+    eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
+    eval_interval: int = 0  # updates between evaluations of all tasks; 0: only at the end of the run
+    eval_episodes: int = 32  # meta-episodes of each task in an evaluation
+    list_envs: bool = False  # print the names of all tasks and stop
+
+    batch_size = property(lambda self: self.num_envs * self.num_steps)
+    num_updates = property(lambda self: math.ceil(self.total_timesteps / self.batch_size))
+
+    def check(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        zero = {"seed", "vf_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
+        zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval"}
+        ones: dict[str, float] = dict.fromkeys(("gamma", "retrace_lambda", "muesli_target_rate"), 1)
+        common.check_args(self, zero, ones | {"muesli_advantage_decay": 0.9999})
+        steps = f"--num-steps {self.num_steps}"
+        whole = self.num_minibatches * self.num_devices
+        parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
+        for wrong, what in (
+            (self.meta_steps % self.num_steps, f"{steps}: must divide --meta-steps {self.meta_steps}"),
+            (self.muesli_unroll >= self.num_steps, f"--muesli-unroll {self.muesli_unroll}: must be below {steps}"),
+            (self.num_envs % whole, f"--num-envs {self.num_envs}: must be a multiple of {parts}"),
+        ):
+            if wrong:
+                raise common.UsageError(what)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"preset": "paper", "total_timesteps": 2_000_000_000, "num_envs": 1024, "num_steps": 1000}
+    | {"num_minibatches": 1, "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.995, "encoder_layers": (512, 512)}
+    | {"s5_layers": 10, "s5_width": 256, "s5_state": 128, "s5_norm": False, "rnn_width": 512}
+    | {"muesli_retrace_q": True},
+}
+
+
+# ---- 3. Tasks, projections and what the agent sees -------------------------------------------------------------------
+class Task(NamedTuple):
+    """A control task as two functions of one environment; actions lie between low and high."""
+
+    name: str
+    obs_size: int
+    action_size: int
+    low: float
+    high: float
+    ends: bool  # may terminate before the meta-episode is over
+    reset: Callable  # key -> obs, state
+    step: Callable  # key, state, action -> obs, state, reward, terminated
+
+
+SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # tasks to train on, tasks held out
+    "dmc": (
+        ("BallInCup", "CartpoleSwingup", "FingerSpin", "FingerTurnHard", "PointMass", "ReacherEasy"),
+        ("CartpoleBalance", "FingerTurnEasy", "PendulumSwingup", "PointMassHard", "ReacherHard"),
+    ),
+    "brax": (("inverted_pendulum", "reacher", "hopper"), ("inverted_double_pendulum",)),
+    "gymnax": (("Pendulum-v1",), ("MountainCarContinuous-v0",)),
+}
+
+
+def point_mass_hard() -> Any:
+    """PointMass whose two actuators push into random directions, drawn anew in each episode, as dm_control defines it:
+    uniform on the circle, the second one drawn again while the cosine between them is above 0.9 in size.
+    """
+    import mujoco
+    from mujoco import mjx
+    from mujoco_playground._src.dm_control_suite.point_mass import PointMass
+
+    class PointMassHard(PointMass):
+        def __init__(self):
+            super().__init__(config_overrides={"impl": "jax"})
+            # the action is clipped already; a mixture of its parts may exceed the range of Playground's actuators
+            self.mj_model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL
+            self._mjx_model = mjx.put_model(self.mj_model, impl="jax")
+
+        def reset(self, rng):
+            state, turn = super().reset(rng), jax.random.uniform(jax.random.fold_in(rng, 1), (3,))
+            # rejecting near-parallel pairs leaves the angle between them uniform over the two arcs that remain
+            between = math.acos(0.9) + (math.pi - 2 * math.acos(0.9)) * turn[1] + math.pi * (turn[2] < 0.5)
+            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0]) * between
+            state.info["directions"] = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)  # a row for each actuator
+            return state
+
+        def step(self, state, action):
+            after = super().step(state, action @ state.info["directions"])
+            return after.replace(reward=self._get_reward(after.data, action, after.info, after.metrics))
+
+    return PointMassHard()
+
+
+def environments(args: Args) -> dict[str, Callable]:
+    """What makes each environment of --suite. The packages are imported when they are needed, as that takes seconds."""
+    if args.suite == "gymnax":
+        import gymnax
+
+        return {name: partial(gymnax.make, name) for name in ("Pendulum-v1", "MountainCarContinuous-v0")}
+    if args.suite == "brax":
+        from brax import envs
+
+        names = [name for name in envs._envs if name != "swimmer"]  # swimmer fails under this version of jax
+        return {name: partial(envs.get_environment, name, backend=args.brax_backend) for name in names}
+    from mujoco_playground import dm_control_suite as suite
+
+    on_mjx = {"impl": "jax"}  # Playground's own choice is Warp, which needs a GPU
+    found = {name: partial(suite.load, name, config_overrides=on_mjx) for name in suite.ALL_ENVS}
+    return found | {"PointMassHard": point_mass_hard}
+
+
+def make_task(args: Args, name: str, flag: str) -> Task:
+    """The task of this name in --suite, without the wrappers of its package. Raises UsageError for an unknown one."""
+    if name not in (makers := environments(args)):
+        why = "fails under this version of jax" if (args.suite, name) == ("brax", "swimmer") else "unknown"
+        raise common.UsageError(f"--{flag} {name}: {why}; must be of {', '.join(makers)}")
+    made = makers[name]()
+    if args.suite == "gymnax":  # without its time limit: the meta-episode is the limit
+        env, params = made
+        actions, features = env.action_space(params), env.observation_space(params).shape[0]
+
+        def step_gymnax(key, state, action):
+            obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+            return obs, state, jnp.squeeze(reward).astype(jnp.float32), jnp.squeeze(terminated)
+
+        sizes = features, math.prod(actions.shape), float(np.min(actions.low)), float(np.max(actions.high))
+        return Task(name, *sizes, name != "Pendulum-v1", lambda key: env.reset_env(key, params), step_gymnax)
+
+    def reset(key):
+        state = made.reset(key)
+        return state.obs, state
+
+    def step(key, state, action):
+        after = made.step(state, action)
+        if args.suite == "brax":
+            return after.obs, after, after.reward, after.done > 0
+        failed = after.done > 0  # DeepMind Control tasks never end; done says that the simulation is not finite
+        after = jax.tree.map(partial(jnp.where, failed), state, after)  # such a step is not taken
+        return after.obs, after, jnp.where(failed, 0.0, after.reward), jnp.zeros((), bool)
+
+    return Task(name, made.observation_size, made.action_size, -1.0, 1.0, args.suite == "brax", reset, step)
+
+
+def task_names(args: Args) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the tasks to train on and of those held out. Raises UsageError."""
+    own = [tuple(name.strip() for name in names.split(",") if name.strip()) for names in (args.tasks, args.eval_tasks)]
+    train = own[0] or SUITES[args.suite][0]
+    held_out = own[1] or tuple(name for name in SUITES[args.suite][1] if name not in train)
+    if len(set(train)) < len(train):
+        raise common.UsageError(f"--tasks {args.tasks}: names a task twice")
+    if both := sorted(set(train) & set(held_out)):
+        raise common.UsageError(f"--eval-tasks {args.eval_tasks}: {both[0]} is trained on")
+    return train, held_out
+
+
+class World(NamedTuple):
+    """All B slots, those of one task side by side. A slot keeps its task; every meta-episode has a new projection."""
+
+    env_state: tuple[Any, ...]  # of each task
+    matrices: tuple[Any, ...]  # of each task, M_o and M_a for each of its b slots
+    obs: Array  # (B, F), what the agent reads next
+    start: Array  # (B,), 1 where obs opens a meta-episode
+    time: Array  # steps taken in the meta-episode, int32 (B,)
+    so_far: Array  # return since it began, (B,); NaN in a first one that did not begin at its first step
+
+
+def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Array]:
+    """M_o (O, E_o) and M_a (E_a, A) of one meta-episode: the agent sees M_o o, the task gets M_a a, clipped.
+
+    M_o is Gaussian with variance 1 / E_o, so a projected feature has on average the mean square of the task's own
+    features, whatever their number: unit scale in. The rows of M_a are uniform on the unit sphere: an action of length
+    1 along a row drives its actuator through the full range, whatever the projection: full range out. Without
+    --projection both are identities, with zeros where sizes differ.
+    """
+    O, A = setup.obs_size, setup.action_size  # noqa: E741
+    if not setup.args.projection:
+        return jnp.eye(O, task.obs_size), jnp.eye(task.action_size, A)
+    obs_key, action_key = jax.random.split(key)
+    rows = jax.random.normal(action_key, (task.action_size, A))
+    obs_matrix = jax.random.normal(obs_key, (O, task.obs_size)) / math.sqrt(task.obs_size)
+    return obs_matrix, rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def project(matrices: Array, x: Array) -> Array:
+    return jnp.einsum("bnm,bm->bn", matrices, x)
+
+
+def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, start: Array) -> Array:
+    """Algorithm 1's observation, float (B, O + A + 3): never the task. Reward, done and action are of the step before.
+
+    Where start is 1 there was none, and they are zero.
+    """
+    before = jnp.concatenate([reward[:, None], done.astype(jnp.float32)[:, None], previous_action], axis=-1)
+    return jnp.concatenate([obs, before * (1.0 - start)[:, None], start[:, None]], axis=-1)
+
+
+def reset_world(setup: Setup, key: Array) -> World:
+    """New meta-episodes in all slots."""
+    batch, matrices, states, obs = setup.args.num_envs, [], [], []
+    for task, own in zip(setup.tasks, jax.random.split(key, len(setup.tasks)), strict=True):
+        projection_keys, reset_keys = jax.random.split(own, (2, batch // len(setup.tasks)))
+        matrices.append(jax.vmap(partial(sample_projection, setup, task))(projection_keys))
+        native, state = jax.vmap(task.reset)(reset_keys)
+        states.append(state)
+        obs.append(project(matrices[-1][0], native))
+    zeros, ones, no_action = jnp.zeros(batch), jnp.ones(batch), jnp.zeros((batch, setup.action_size))
+    seen = agent_input(jnp.concatenate(obs), zeros, zeros, no_action, ones)
+    return World(tuple(states), tuple(matrices), seen, ones, jnp.zeros(batch, jnp.int32), zeros)
+
+
+def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) -> tuple[Any, ...]:
+    """Step the b slots of one task with actions (b, A). Where it terminates, a new trial opens, of the same projection.
+
+    Returns observations (b, O), the first of the new trial where one opened, states, rewards and terminated (b,).
+    """
+    half, middle = (task.high - task.low) / 2, (task.high + task.low) / 2
+    native = jnp.clip(middle + half * project(matrices[1], action), task.low, task.high)
+    step_keys, reset_keys = jax.random.split(key, (2, len(action)))
+    stepped = obs, state, reward, terminated = jax.vmap(task.step)(step_keys, state, native)
+    if task.ends:
+        trials = partial(select, terminated, old=stepped[:2])
+        obs, state = lax.cond(terminated.any(), lambda: trials(jax.vmap(task.reset)(reset_keys)), lambda: stepped[:2])
+    return project(matrices[0], obs), state, reward, terminated
+
+
+def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[World, Array, Array]:
+    """Step all slots with actions (B, A): the world moved on, rewards (B,), terminated (B,)."""
+    keys, actions = jax.random.split(key, len(setup.tasks)), jnp.split(action, len(setup.tasks))
+    groups = zip(setup.tasks, keys, world.env_state, world.matrices, actions, strict=True)
+    stepped = list(zip(*[step_task(*group) for group in groups], strict=True))
+    obs, reward, terminated = (jnp.concatenate(stepped[i]) for i in (0, 2, 3))
+    seen = agent_input(obs, reward, terminated, action, start := jnp.zeros_like(world.start))
+    later = World(stepped[1], world.matrices, seen, start, world.time + 1, world.so_far + reward)
+    return later, reward, terminated
+
+
+def select(condition: Array, new: Any, old: Any) -> Any:
+    """``new`` where the condition bool (b,) holds, else ``old``; leaves begin with b."""
+
+    def where(x, y):
+        return jnp.where(condition.reshape(-1, *[1] * (y.ndim - 1)), x, y).astype(y.dtype)
+
+    return jax.tree.map(where, new, old)
+
+
+def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
+    """New meta-episodes, with new projections, in the slots whose last one is over."""
+    over = world.time >= setup.args.meta_steps
+
+    def opened():
+        fresh, groups = reset_world(setup, key), jnp.split(over, len(setup.tasks))
+        slots = [tuple(map(select, groups, *both)) for both in zip(fresh[:2], world[:2], strict=True)]
+        return World(*slots, *select(over, fresh[2:], world[2:]))
+
+    return lax.cond(over.any(), opened, lambda: world)
+
+
+# ---- 4. Network ------------------------------------------------------------------------------------------------------
+class S5Layer(nn.Module):
+    """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
+
+    x_t = (1 - start_t) Lambda_bar x_{t-1} + B_bar u_t
+    y_t = gelu(2 Re(C_tilde x_t) + D u_t)
+    out = u + (W1 y) * sigmoid(W2 y)
+
+    The parameters are real; complex ones hold their real parts, then their imaginary parts: B_tilde (H, 2P),
+    C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,). The carry x is float (B, 2P).
+    """
+
+    args: Args
+
+    def setup(self):
+        H, P = self.args.s5_width, self.args.s5_state
+        Lambda, V = common.dplr_hippo(2 * P)
+
+        def init_B(key):  # V^H B with B ~ lecun_normal
+            return common.complex_to_packed((V.conj().T @ lecun_normal()(key, (2 * P, H))).T)
+
+        def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
+            C = lecun_normal()(key, (H, 2 * P, 2))
+            return common.complex_to_packed((C[..., 0] + 1j * C[..., 1]) @ V).T
+
+        def init_log_step(key):  # time steps log-uniform
+            low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
+            return jax.random.uniform(key, (P,), minval=low, maxval=high)
+
+        self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
+        self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
+        self.B_tilde = self.param("B_tilde", init_B)
+        self.C_tilde = self.param("C_tilde", init_C)
+        self.D = self.param("D", normal(1.0), (H,))
+        self.log_step = self.param("log_step", init_log_step)
+        self.value, self.gate = nn.Dense(H), nn.Dense(H)
+        self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
+
+    def initial_carry(self, batch: int) -> Array:
+        return jnp.zeros((batch, 2 * self.args.s5_state))
+
+    def kernels(self) -> tuple[Array, Array, Array]:
+        """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
+        P = self.args.s5_state
+        # Deviation: the real part stays negative; the released code lets training push modes into growth.
+        Lambda = lax.complex(jnp.minimum(self.Lambda_re, -1e-4), self.Lambda_im)
+        B_tilde = common.packed_to_complex(self.B_tilde).T
+        Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
+        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
+
+    def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
+        """From the input u, the same normalised v, and the states x."""
+        y = nn.gelu(x @ C + self.D * v)
+        return u + self.value(y) * nn.sigmoid(self.gate(y))
+
+    def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        """u (T, B, H), start (T, B). Flattened to (T*B, H), as XLA multiplies matrices faster than stacks of them."""
+        (Lambda_bar, B_bar, C), shape, u = self.kernels(), u.shape, u.reshape(-1, u.shape[-1])
+        v = self.norm(u)
+        drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
+        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
+        return x[-1], self.output(u, v, x.reshape(len(u), -1), C).reshape(shape)
+
+    def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        """u (B, H), start (B,)."""
+        (Lambda_bar, B_bar, C), v = kernels, self.norm(u)
+        x = common.recurrence_step(Lambda_bar, carry, v @ B_bar, 1.0 - start)
+        return x, self.output(u, v, x, C)
+
+
+class Policy(NamedTuple):
+    """A independent Gaussians."""
+
+    mean: Array  # (..., A)
+    log_std: Array  # (..., A)
+
+    def sample(self, key: Array) -> Array:
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def log_prob(self, action: Array) -> Array:
+        return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
+
+    def entropy(self) -> Array:
+        return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+
+def make_memory(args: Args) -> list[nn.Module]:
+    """The layers between encoder and heads, all called alike: see part 2 of s5_common.py."""
+    if args.arch == "s5":
+        return [S5Layer(args) for _ in range(args.s5_layers)]
+    if args.arch == "mlp":
+        return [common.Memoryless(args.s5_width)]
+    return [common.Recurrent(args.rnn_width, {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch])]
+
+
+class Agent(nn.Module):
+    """Encoder -> memory -> latent h; heads on h: policy and value; the model g(h, a) -> next latent and reward.
+
+    ``scan`` reads a sequence (T, B, F) to learn, ``step`` one time step (B, F) to act; both do the same to the same.
+    Latents are normalised, those of the memory and those of the model alike, as the same heads read both.
+    """
+
+    args: Args
+    action_size: int
+
+    def setup(self):
+        args, bins = self.args, 2 * self.args.muesli_support + 1
+        widths = (*args.encoder_layers, args.s5_width)
+        self.encoder = nn.Sequential([module for width in widths for module in (nn.Dense(width), nn.relu)])
+        self.memory, H = make_memory(args), args.rnn_width if args.arch in ("lstm", "gru") else args.s5_width
+        self.latent_norm, self.model_norm = nn.LayerNorm(), nn.LayerNorm()
+        self.policy_head, self.value_head, self.reward_head = (
+            nn.Dense(size, kernel_init=normal(0.001)) for size in (self.action_size, bins, bins)
+        )
+        self.log_std = self.param("log_std", nn.initializers.constant(math.log(0.7)), (self.action_size,))
+        self.model_h, self.model_a, self.model_out = nn.Dense(H), nn.Dense(H, use_bias=False), nn.Dense(H)
+
+    def kernels(self) -> list:
+        """What ``step`` can reuse for as long as the parameters stay as they are."""
+        return [layer.kernels() for layer in self.memory]
+
+    def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
+        """Latents (T, B, H)."""
+        x, carry = self.encoder(obs.reshape(-1, obs.shape[-1])).reshape(*start.shape, -1), list(carry)
+        for i, layer in enumerate(self.memory):
+            carry[i], x = layer.scan(carry[i], x, start)
+        return carry, self.latent_norm(x)
+
+    def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
+        """Latents (B, H)."""
+        x, carry = self.encoder(obs), list(carry)
+        for i, layer in enumerate(self.memory):
+            carry[i], x = layer.step(kernels[i], carry[i], x, start)
+        return carry, self.latent_norm(x)
+
+    def policy(self, h: Array) -> Policy:
+        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations in (0.1, 1)."""
+        mean = jnp.tanh(self.policy_head(h))
+        return Policy(mean, jnp.broadcast_to(jnp.maximum(self.log_std, math.log(0.1)), mean.shape))
+
+    def value(self, h: Array) -> Array:
+        """Logits of the categorical value, (..., bins)."""
+        return self.value_head(h)
+
+    def model(self, h: Array, action: Array) -> tuple[Array, Array]:
+        """g(h, a): the next latent (..., H) and logits of the reward (..., bins). h and action broadcast."""
+        x = nn.relu(self.model_h(h) + self.model_a(action))
+        return self.model_norm(h + self.model_out(x)), self.reward_head(x)
+
+    def everything(self, carry: list, obs: Array, start: Array) -> tuple:
+        """Calls every part once, to initialise all parameters."""
+        _, h = self.scan(carry, obs, start)
+        return self.policy(h), self.value(h), self.model(h, self.policy(h).mean)
+
+
+# ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
+class Setup(NamedTuple):
+    """What stays the same during a run."""
+
+    args: Args
+    tasks: tuple[Task, ...]
+    obs_size: int  # O
+    action_size: int  # A
+    network: Agent
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+
+class Runner(NamedTuple):
+    """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of ``update``."""
+
+    params: Any
+    target_params: Any  # moving average of the parameters: the prior
+    opt_state: Any
+    key: Array  # raw PRNG key: orbax cannot store typed ones
+    advantage_square: tuple[Array, Array]  # moving average of the squared advantage, number of rollouts in it
+    world: World
+    carry: Any  # memory before it reads the world's obs
+    target_carry: Any  # the same of the target network
+
+
+class Rollout(NamedTuple):
+    """T steps of B slots; every leaf is (T, B, ...)."""
+
+    obs: Array
+    start: Array
+    action: Array
+    log_prob: Array
+    reward: Array
+    terminated: Array
+
+
+class Targets(NamedTuple):
+    """What the losses aim at, all from the target network; every leaf is (T, B, ...)."""
+
+    returns: Array  # G
+    advantages: Array  # (G - v_prior) / sigma
+    actions: Array  # a_k ~ pi_prior, (T, B, N, A)
+    weights: Array  # w_k of CMPO, (T, B, N)
+
+
+# ---- 6. Targets and loss ---------------------------------------------------------------------------------------------
+def squash(x: Array) -> Array:
+    """MuZero's transform (Pohlen et al. 2018): h(x) = sign(x) (sqrt(abs(x) + 1) - 1) + eps x, eps = 0.001."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 1e-3 * x
+
+
+def unsquash(y: Array) -> Array:
+    """The inverse: sign(y) (((sqrt(1 + 4 eps (abs(y) + 1 + eps)) - 1) / (2 eps))^2 - 1), without its cancellation."""
+    inner = jnp.abs(y) + 1 + 1e-3
+    return jnp.sign(y) * ((2 * inner / (jnp.sqrt(1 + 4e-3 * inner) + 1)) ** 2 - 1)
+
+
+def two_hot(x: Array, support: int) -> Array:
+    """x (...) -> probabilities (..., 2 support + 1): the two integers around h(x) share it so that its mean is h(x)."""
+    y = jnp.clip(squash(x), -support, support)
+    return jnp.maximum(0.0, 1 - jnp.abs(y[..., None] - jnp.arange(-support, support + 1)))
+
+
+def expected(logits: Array) -> Array:
+    """The scalar (...) that logits (..., 2 support + 1) stand for: h^-1 of the mean."""
+    support = logits.shape[-1] // 2
+    return unsquash(nn.softmax(logits) @ jnp.arange(-support, support + 1.0))
+
+
+def cross_entropy(logits: Array, x: Array) -> Array:
+    """-sum_i two_hot(x)_i log p_i, (...)."""
+    return -jnp.sum(two_hot(x, logits.shape[-1] // 2) * nn.log_softmax(logits), axis=-1)
+
+
+def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) -> Array:
+    """Retrace (Munos et al. 2016) with the prior's model as its action values, float (T, B).
+
+    G_t = r_t + gamma (1 - terminated_t) (v_{t+1} + c_{t+1} (G_{t+1} - q_{t+1})),    c_T = 0
+    c_t = lambda min(1, pi_prior(a_t|s_t) / pi_b(a_t|s_t))
+
+    value (T + 1, B): v_prior, also of what follows the rollout, so that its end, and that of a meta-episode, is a
+    bootstrap; q (T, B): q_prior(s_t, a_t); ratio (T, B): pi_prior / pi_b.
+    """
+    c = args.retrace_lambda * jnp.minimum(1.0, ratio)
+
+    def backward(correction, step):
+        reward, terminated, next_value, q, c = step
+        G = reward + args.gamma * (1.0 - terminated) * (next_value + correction)
+        return c * (G - q), G
+
+    steps = (rollout.reward, rollout.terminated, value[1:], q, c)
+    return lax.scan(backward, jnp.zeros_like(value[0]), steps, reverse=True)[1]
+
+
+def cmpo_weights(args: Args, advantages: Array) -> Array:
+    """Clipped MPO's target for N actions sampled from the prior (Hessel et al. 2021, section 4), (..., N).
+
+    pi_CMPO(a|s) = pi_prior(a|s) exp(clip(adv(s, a), -c, c)) / z(s)
+    w_k = exp(clip(adv_k, -c, c)) / z_k,    z_k = (1 + sum_{i != k} exp(clip(adv_i, -c, c))) / N
+
+    advantages (..., N): (q_prior(s, a_k) - v_prior(s)) / sigma. The 1 stands for an action of average value, and
+    leaving k out of its own z_k keeps the estimate of the gradient from being biased by a_k itself.
+    """
+    w = jnp.exp(jnp.clip(advantages, -args.muesli_clip, args.muesli_clip))
+    z = (1.0 + w.sum(axis=-1, keepdims=True) - w) / w.shape[-1]
+    return w / z
+
+
+def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Array, key: Array) -> tuple:
+    """Targets, the target network's carry after the rollout, the moving average of the squared advantage, metrics.
+
+    runner: as it was at the start of the rollout; last_obs (B, F): what follows the rollout.
+    """
+    args, apply = setup.args, partial(setup.network.apply, runner.target_params)
+    carry, h = apply(runner.target_carry, rollout.obs, rollout.start, method="scan")
+    _, last_h = apply(carry, last_obs[None], jnp.zeros((1, args.num_envs)), method="scan")
+    value = expected(apply(jnp.concatenate([h, last_h]), method="value"))  # (T + 1, B)
+    prior = apply(h, method="policy")
+
+    # q_prior(s, a) = r(h, a) + gamma v(g(h, a))
+    def q_prior(h, action):
+        h, reward = apply(h, action, method="model")
+        return expected(reward) + args.gamma * expected(apply(h, method="value"))
+
+    q = q_prior(h, rollout.action)
+    ratio = jnp.exp(prior.log_prob(rollout.action) - rollout.log_prob)
+    returns = retrace(args, rollout, value, q if args.muesli_retrace_q else value[:-1], ratio)
+    advantages = returns - value[:-1]
+
+    # sigma^2 = E[(G - v_prior)^2], a moving average with its bias corrected
+    square, count = runner.advantage_square
+    decay, count = args.muesli_advantage_decay, count + 1
+    square = decay * square + (1 - decay) * jnp.mean(advantages**2)
+    sigma = jnp.sqrt(square / (1 - decay**count) + 1e-12)
+
+    def sample(inputs):  # one time step after the other: N times a rollout would leave the caches
+        key, h, prior, value = inputs
+        action = jax.vmap(prior.sample, out_axes=1)(jax.random.split(key, args.muesli_samples))  # (B, N, A)
+        advantage = (q_prior(h[:, None], action) - value[:, None]) / sigma
+        return action, cmpo_weights(args, advantage)
+
+    actions, weights = lax.map(sample, (jax.random.split(key, args.num_steps), h, prior, value[:-1]))
+    targets = Targets(returns, advantages / sigma, actions, weights)
+    metrics = {"sigma": sigma, "value_mean": value.mean(), "prior_ratio": ratio.mean()}
+    metrics["explained_variance"] = 1 - jnp.var(advantages) / (jnp.var(returns) + 1e-8)
+    return targets, carry, (square, count), metrics
+
+
+def cmpo_loss(policy: Policy, targets: Targets) -> Array:
+    """-(1 / N) sum_k w_k log pi(a_k|s), (T, B): the cross entropy with CMPO's policy, up to a constant the KL."""
+    several = jax.tree.map(lambda x: x[..., None, :], policy)
+    return -jnp.mean(targets.weights * several.log_prob(targets.actions), axis=-1)
+
+
+def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targets) -> dict[str, Array]:
+    """The model unrolled from every state with the actions that were taken (Hessel et al. 2021, section 4).
+
+    z_t,0 = h_t,    z_t,k, r_t,k = g(z_t,k-1, a_{t+k-1})
+    L = mean over t and k of   CE(r_t,k, reward_{t+k-1}) + CE(v(z_t,k), G_{t+k}) + CMPO loss of pi(z_t,k) at t + k
+
+    Where the task terminated at t + k - 1 the value of z_t,k is 0, and nothing is asked of the model from there on;
+    neither is it beyond the end of the rollout or of the meta-episode. The gradient is halved through the input.
+    """
+    losses = dict.fromkeys(("model_reward_loss", "model_value_loss", "model_policy_loss"), jnp.zeros(()))
+    z, alive = h, jnp.ones_like(rollout.reward)
+    for k in range(1, args.muesli_unroll + 1):
+        z = 0.5 * z + lax.stop_gradient(0.5 * z)
+        z, reward = apply(z, rollout.action[k - 1 :], method="model")  # (T - k + 1, B, .)
+        losses["model_reward_loss"] += jnp.mean(alive * cross_entropy(reward, rollout.reward[k - 1 :]))
+        z, alive, ended = z[:-1], alive[:-1] * (1 - rollout.start[k:]), rollout.terminated[k - 1 : -1]  # (T - k, B, .)
+        value = cross_entropy(apply(z, method="value"), jnp.where(ended, 0.0, targets.returns[k:]))
+        losses["model_value_loss"] += jnp.mean(alive * value)
+        alive = alive * (1.0 - ended)
+        later = jax.tree.map(lambda x, k=k: x[k:], targets)
+        losses["model_policy_loss"] += jnp.mean(alive * cmpo_loss(apply(z, method="policy"), later))
+    return {name: loss / args.muesli_unroll for name, loss in losses.items()}
+
+
+def muesli_loss(params: Any, setup: Setup, carry: Any, rollout: Rollout, targets: Targets) -> tuple[Array, dict]:
+    """Muesli's loss on whole sequences, replayed from the carry stored at their start.
+
+    L = L_PG + lambda L_CMPO + c_v CE(v(h_t), G_t) + c_m L_model
+    L_PG = -mean min(1, pi / pi_b) (G - v_prior) / sigma log pi(a|s),    the weight min(1, pi / pi_b) constant
+    """
+    args, apply = setup.args, partial(setup.network.apply, params)
+    _, h = apply(carry, rollout.obs, rollout.start, method="scan")
+    policy = apply(h, method="policy")
+    log_prob = policy.log_prob(rollout.action)
+    ratio = lax.stop_gradient(jnp.exp(log_prob - rollout.log_prob))
+    pg_loss = -jnp.mean(jnp.minimum(1.0, ratio) * targets.advantages * log_prob)
+    metrics = {"policy_loss": pg_loss, "cmpo_loss": cmpo_loss(policy, targets).mean()}
+    metrics["value_loss"] = cross_entropy(apply(h, method="value"), targets.returns).mean()
+    metrics |= (model := model_loss(apply, args, h, rollout, targets))
+    loss = args.muesli_pg_coef * pg_loss + args.muesli_cmpo_coef * metrics["cmpo_loss"]
+    loss += args.vf_coef * metrics["value_loss"] + args.muesli_model_coef * sum(model.values())
+    metrics |= {"entropy": policy.entropy().mean(), "ratio_error": jnp.max(jnp.abs(ratio - 1))}
+    return loss, metrics | {"approx_kl": jnp.mean(ratio - 1 - log_prob + rollout.log_prob)}
+
+
+# ---- 7. Rollout and update -------------------------------------------------------------------------------------------
+def make_setup(args: Args) -> Setup:
+    """Tasks, network, optimiser and devices for these flags. Raises UsageError."""
+    train, _ = task_names(args)
+    if args.num_envs % (len(train) * args.num_devices):
+        parts = f"{len(train)} tasks x --num-devices {args.num_devices}"
+        raise common.UsageError(f"--num-envs {args.num_envs}: must be a multiple of {parts}")
+    if args.num_devices > jax.device_count():
+        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
+    tasks = tuple(make_task(args, name, "tasks") for name in train)
+    obs_size = args.obs_size if args.projection else max(task.obs_size for task in tasks)
+    action_size = args.action_size if args.projection else max(task.action_size for task in tasks)
+    steps = args.num_updates * args.update_epochs * args.num_minibatches
+    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
+    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
+    return Setup(args, tasks, obs_size, action_size, Agent(args, action_size), optimizer, mesh)
+
+
+def init_runner(setup: Setup, key: Array) -> Runner:
+    """Fresh parameters and meta-episodes for one agent.
+
+    The slots begin as if 0, T, 2T, ... steps of the first meta-episode were over, in turn, so that later on every
+    rollout holds all parts of a meta-episode and as many of them end after each.
+    """
+    args, copies = setup.args, len(setup.tasks)
+    params_key, env_key, key = jax.random.split(key, 3)
+    world = reset_world(setup, env_key)
+    time = args.num_steps * (jnp.arange(args.num_envs // copies) % (args.meta_steps // args.num_steps))
+    time = jnp.tile(time, copies)
+    world = world._replace(time=time, so_far=jnp.where(time > 0, jnp.nan, 0.0))
+    carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
+    params = setup.network.init(params_key, carry, world.obs[None], world.start[None], method="everything")
+    opt_state, average = setup.optimizer.init(params), (jnp.zeros(()), jnp.zeros(()))
+    return Runner(params, jax.tree.map(jnp.copy, params), opt_state, key, average, world, carry, carry)
+
+
+def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout]:
+    """Act for T steps, over which no meta-episode ends. Returns the runner moved on and the rollout."""
+    network = setup.network
+    kernels = network.apply(runner.params, method="kernels")
+
+    def step(state, key):
+        (world, carry), (action_key, env_key) = state, jax.random.split(key)
+        carry, h = network.apply(runner.params, kernels, carry, world.obs, world.start, method="step")
+        policy = network.apply(runner.params, h, method="policy")
+        action = policy.sample(action_key)
+        later, reward, terminated = step_world(setup, env_key, world, action)
+        log_prob = policy.log_prob(action)
+        return (later, carry), Rollout(world.obs, world.start, action, log_prob, reward, terminated)
+
+    key, steps_key = jax.random.split(runner.key)
+    keys = jax.random.split(steps_key, setup.args.num_steps)
+    (world, carry), rollout = lax.scan(step, (runner.world, runner.carry), keys)
+    return runner._replace(key=key, world=world, carry=carry), rollout
+
+
+def return_metrics(setup: Setup, world: World) -> dict[str, Array]:
+    """Returns of the meta-episodes that have just ended; NaN where there are none."""
+    whole = (world.time >= setup.args.meta_steps) & ~jnp.isnan(world.so_far)
+    returns = jnp.where(whole, world.so_far, 0.0)
+    metrics = {"episodes": whole.sum(), "return_mean": returns.sum() / whole.sum()}
+    of_tasks = zip(setup.tasks, *[jnp.split(x, len(setup.tasks)) for x in (returns, whole)], strict=True)
+    return metrics | {f"return_{task.name}": own.sum() / count.sum() for task, own, count in of_tasks}
+
+
+def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+    """One rollout, its targets, then epochs of minibatches that permute slots, never time.
+
+    Deviation: the default preset makes several gradient steps on a rollout, all towards the targets of its beginning;
+    the paper preset makes one.
+    """
+    args = setup.args
+    key, open_key, targets_key, epochs_key = jax.random.split(runner.key, 4)
+    first = runner._replace(key=key, world=open_meta_episodes(setup, open_key, runner.world))
+    runner, rollout = collect_rollout(setup, first)
+    targets, target_carry, average, metrics = muesli_targets(setup, first, rollout, runner.world.obs, targets_key)
+
+    def minibatch_update(learner, slots):
+        params, target_params, opt_state = learner
+        batch = jax.tree.map(lambda x: x[:, slots], (rollout, targets))
+        if args.num_devices > 1:
+            batch = lax.with_sharding_constraint(batch, NamedSharding(setup.mesh, PartitionSpec(None, "env")))
+        carry = jax.tree.map(lambda x: x[slots], first.carry)
+        (_, metrics), grads = jax.value_and_grad(muesli_loss, has_aux=True)(params, setup, carry, *batch)
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
+        metrics["grad_norm"], params = optax.tree.norm(grads), optax.apply_updates(params, updates)
+        target_params = optax.incremental_update(params, target_params, args.muesli_target_rate)
+        return (params, target_params, opt_state), metrics
+
+    def epoch(learner, key):
+        order = jax.random.permutation(key, args.num_envs).reshape(args.num_minibatches, -1)
+        return lax.scan(minibatch_update, learner, order)
+
+    learner = (runner.params, runner.target_params, runner.opt_state)
+    learner, losses = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
+    ratio_error = losses.pop("ratio_error")
+    metrics |= jax.tree.map(jnp.mean, losses) | {"first_ratio_error": ratio_error[0, 0]}
+    metrics |= {"reward_mean": rollout.reward.mean(), "terminations": rollout.terminated.sum()}
+    runner = Runner(*learner, runner.key, average, runner.world, runner.carry, target_carry)
+    return runner, metrics | return_metrics(setup, runner.world)
+
+
+def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
+    """``function`` of every seed: one after the other on a CPU, side by side on an accelerator."""
+    in_turn = args.num_seeds == 1 or jax.default_backend() == "cpu"
+    return lax.map(function, seeds) if in_turn else jax.vmap(function)(seeds)
+
+
+def placement(setup: Setup) -> Runner:
+    """Where a Runner's leaves lie: parameters and keys on every device, the slots spread over the devices."""
+    everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
+    over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
+    return Runner(*[everywhere] * 5, *[over_envs] * 3)
+
+
+def init_runners(setup: Setup) -> Runner:
+    """Runners of all seeds."""
+    keys = jax.vmap(jax.random.PRNGKey)(setup.args.seed + jnp.arange(setup.args.num_seeds))
+    init = partial(for_each_seed, setup.args, partial(init_runner, setup))
+    return jax.jit(init, out_shardings=placement(setup))(keys)
+
+
+def compile_update(setup: Setup, runners: Runner) -> Any:
+    """``update`` of every seed as one compiled call; each metric comes back as float (S,)."""
+    function = partial(for_each_seed, setup.args, partial(update, setup))
+    out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
+    return jax.jit(function, donate_argnums=0, out_shardings=out).lower(runners).compile()
+
+
+def leaves(runners: Runner) -> dict[str, Array]:
+    """What a checkpoint holds: simulators carry arrays without elements, which cannot be stored."""
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(runners)) if leaf.size}
+
+
+def restore(run: common.RunDirectory, runners: Runner) -> Runner:
+    """The runners of the newest checkpoint, or these of a run that has not begun."""
+    found, (old, tree) = run.restore(leaves(runners)), jax.tree.flatten(runners)
+    return jax.tree.unflatten(tree, [found.get(f"{i:04d}", leaf) for i, leaf in enumerate(old)])
+
+
+# ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
+def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
+    """Rewards of whole meta-episodes of a task with fresh projections, float (meta_steps, E), actions sampled."""
+    args = replace(setup.args, num_envs=setup.args.eval_episodes, num_steps=setup.args.meta_steps)
+    setup = setup._replace(args=args, tasks=(task,))
+    return collect_rollout(setup, init_runner(setup, key)._replace(params=params))[1].reward
+
+
+def make_evaluation(setup: Setup) -> list[tuple[str, str, Any]]:
+    """Name, split and compiled ``evaluate`` of all tasks, train and held out, for the parameters of every seed."""
+    others = tuple(make_task(setup.args, name, "eval-tasks") for name in task_names(setup.args)[1])
+    tasks = [(task, "train") for task in setup.tasks] + [(task, "held out") for task in others]
+    play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))  # the same meta-episodes at all times
+    return [(task.name, split, jax.jit(partial(lax.map, partial(play, task)))) for task, split in tasks]
+
+
+def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> list[dict[str, Any]]:
+    """A row for each task and seed: return with its standard error, mean reward in tenths of the meta-episode."""
+    rows = []
+    for name, split, play in evaluation:
+        for i, rewards in enumerate(np.asarray(play(params), np.float64)):  # (meta_steps, E)
+            row = {"update": update, "env_steps": update * args.batch_size, "seed": args.seed + i}
+            row |= {"task": name, "split": split, "return_mean": (returns := rewards.sum(axis=0)).mean()}
+            row["return_se"] = returns.std() / max(len(returns) - 1, 1) ** 0.5
+            rows.append(row | {f"reward_{n}": part.mean() for n, part in enumerate(np.array_split(rewards, 10))})
+    return rows
+
+
+def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """In-context curves, mean reward against time in the meta-episode, a panel for each task, a line for each seed.
+
+    runs: for each label the rows of one or more evaluation.csv, of which the newest evaluation is drawn.
+    """
+    tasks = list(dict.fromkeys(row["task"] for rows in runs.values() for row in rows))
+    shape = math.ceil(len(tasks) / 4), min(4, len(tasks))
+    figure = Figure(figsize=(3 * shape[1], 2.4 * shape[0]), layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(*shape, squeeze=False).ravel(), strict=False):
+        for color, (label, rows) in enumerate(runs.items()):
+            newest = max(int(row["update"]) for row in rows)
+            own = [row for row in rows if row["task"] == task and int(row["update"]) == newest]
+            curves = np.array([[float(row[f"reward_{n}"]) for n in range(10)] for row in own]).reshape(-1, 10).T
+            axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=label)
+        axes.set(title=task, xlabel="part of the meta-episode", ylabel="reward")
+    lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    figure.axes[0].legend(list(lines.values()), list(lines), fontsize="small")
+    figure.savefig(picture, dpi=150)
+
+
+def report(rows: list[dict[str, Any]], path: Path) -> None:
+    """Print the newest evaluation; write all of them to PATH.csv and their in-context curves to PATH.png."""
+    print(f"{'task':26} {'split':9} {'seed':>4} {'return':>9} {'+-':>7}   reward in each tenth of the meta-episode")
+    for row in rows:
+        if int(row["update"]) == int(rows[-1]["update"]):
+            tenths = " ".join(f"{float(row[f'reward_{n}']):6.3f}" for n in range(10))
+            result = f"{float(row['return_mean']):9.2f} {float(row['return_se']):7.2f}   {tenths}"
+            print(f"{row['task']:26} {row['split']:9} {row['seed']:>4} {result}", flush=True)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot_evaluations({path.parent.name: rows}, path.with_suffix(".png"))
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """Evaluate the newest checkpoint of --eval: table, eval.csv and eval.png in its directory."""
+    setup, run = make_setup(args), common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl")
+    runners = restore(run, init_runners(setup))
+    report(evaluation_rows(args, make_evaluation(setup), run.done, runners.params), run.path / "eval")
+
+
+# ---- 9. Training and command line ------------------------------------------------------------------------------------
+def train(args: Args) -> dict[str, Any]:
+    """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
+    setup = make_setup(args)
+    evaluation = make_evaluation(setup)
+    with common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl") as run:
+        runners, table = restore(run, init_runners(setup)), run.path / "evaluation.csv"
+        rows: list[dict[str, Any]] = list(csv.DictReader(table.open())) if table.exists() else []
+        rows = [row for row in rows if int(row["update"]) <= run.done]
+        step = compile_update(setup, runners)
+        run.compiled(args.num_updates, steps=args.batch_size)
+        while run.done < args.num_updates and not run.stop:
+            (runners, metrics), now = step(runners), run.done + 1
+            if now == args.num_updates or (args.eval_interval and now % args.eval_interval == 0):
+                rows += evaluation_rows(args, evaluation, now, runners.params)
+                if run.writes:
+                    report(rows, table)
+            run.update(leaves(runners), metrics)
+    means = {}
+    for split in ("train", "held out"):
+        returns = [float(r["return_mean"]) for r in rows if (int(r["update"]), r["split"]) == (run.done, split)]
+        means[f"return_{split.replace(' ', '_')}"] = float(np.mean(returns or math.nan))
+    return run.finish(**means)
+
+
+def main() -> int:
+    args = common.parse_args(Args, PRESETS)
+    if args.distributed:
+        common.join_cluster()
+    if args.list_envs:
+        print("\n".join(environments(args)))
+    elif args.eval:
+        evaluate_checkpoint(args)
+    else:
+        train(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_main(main))

@@ -1,0 +1,288 @@
+"""muesli_s5_metarl.py: tasks, projections and meta-episodes; runs, what they leave and what they refuse."""
+
+import csv
+import json
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, as_flags, fast_jit, finish, start_script
+from test_muesli import SMALL, first_runner, small_args, toy_setup, walk_step, walk_task
+
+import muesli_s5_metarl as muesli
+import s5_common as common
+
+SCRIPT = ROOT / "muesli_s5_metarl.py"
+TINY = SMALL | {"eval_episodes": 2, "checkpoint_interval": 1, "total_timesteps": 160}  # two updates
+PENDULUM = {"suite": "gymnax", "tasks": "Pendulum-v1", "projection": False}
+
+
+def run_script(*flags, cwd):
+    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),))
+
+
+# ---- meta-episodes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def story():
+    """Two tasks, four slots each, seen over five rollouts of ten steps: worlds after each step, actions, rewards."""
+    tasks = {"walk": walk_task("walk"), "other": walk_task("other", ends=False, low=-1.0, high=1.0)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        setup = toy_setup(monkeypatch, tasks=tasks, action_size=3, obs_size=5)
+    world = first_runner(setup).world
+    opened = fast_jit(lambda key, world: muesli.open_meta_episodes(setup, key, world))
+    step = fast_jit(lambda key, world, action: muesli.step_world(setup, key, world, action))
+    worlds, events = [world], [None]
+    for t in range(50):
+        key = jax.random.PRNGKey(t)
+        if t % 10 == 0:
+            worlds.append(opened(key, world))
+            events.append("open")
+        action = jax.random.normal(jax.random.PRNGKey(1000 + t), (8, 3))
+        world, *result = step(key, worlds[-1], action)
+        worlds.append(world)
+        events.append((np.asarray(action), *map(np.asarray, result)))
+    return setup, [jax.tree.map(np.asarray, world) for world in worlds], events
+
+
+def test_meta_episodes_are_those_of_a_plain_loop(story):
+    """Projection, clipping, reward, end of a trial and the agent's input, slot by slot, outside of jax."""
+    setup, worlds, events = story
+    ends = 0
+    for before, after, event in zip(worlds, worlds[1:], events[1:], strict=False):
+        if event == "open":
+            continue
+        action, reward, terminated = event
+        for slot in range(8):
+            task, i = divmod(slot, 4)
+            low, high = [(-2.0, 1.0), (-1.0, 1.0)][task]
+            M_o, M_a = (matrix[i] for matrix in before.matrices[task])
+            place, steps = (x[i] for x in before.env_state[task])
+            native = np.clip((low + high) / 2 + (high - low) / 2 * (M_a @ action[slot]), low, high)
+            _, (place, steps), pay, over = walk_step(None, (place, steps), native)
+            over = bool(over) and task == 0
+            assert reward[slot] == pytest.approx(float(pay), abs=1e-5) and terminated[slot] == over
+            now = [x[i] for x in after.env_state[task]]
+            if over:  # the next trial: fresh state, same projection, and the agent sees that one ended
+                ends += 1
+                assert now[1] == 0 and not np.allclose(now[0], place)
+                place, steps = now
+            np.testing.assert_allclose(now[0], place, atol=1e-5)
+            seen = np.concatenate([M_o @ [*place, float(steps)], [pay, over], action[slot], [0.0]])
+            np.testing.assert_allclose(after.obs[slot], seen, atol=1e-5)
+            np.testing.assert_array_equal(after.matrices[task][0][i], M_o)
+            np.testing.assert_array_equal(after.matrices[task][1][i], M_a)
+            assert after.start[slot] == 0 and after.time[slot] == before.time[slot] + 1
+    assert ends > 20
+
+
+def test_projections_are_new_in_each_meta_episode_and_only_there(story):
+    """A meta-episode has 20 steps; every second slot began in the middle of its first one."""
+    setup, worlds, events = story
+    opened = np.zeros(8, int)
+    for before, after, event in zip(worlds, worlds[1:], events[1:], strict=False):
+        if event != "open":
+            continue
+        over = before.time >= 20
+        opened += over
+        for slot in range(8):
+            task, i = divmod(slot, 4)
+            for old, new in zip(before.matrices[task], after.matrices[task], strict=True):
+                assert np.array_equal(old[i], new[i]) != over[slot]
+            if over[slot]:
+                assert after.time[slot] == 0 and after.start[slot] == 1 and after.so_far[slot] == 0
+                assert not after.obs[slot, 5:-1].any() and after.obs[slot, -1] == 1
+            else:
+                np.testing.assert_array_equal(after.obs[slot], before.obs[slot])
+    assert opened.tolist() == [2, 2, 2, 2, 2, 2, 2, 2] or sorted(set(opened.tolist())) == [1, 2]
+
+
+def test_returns_are_counted_over_whole_meta_episodes_only(story):
+    setup, worlds, events = story
+    total, whole = np.zeros(8), worlds[0].time == 0
+    np.testing.assert_array_equal(np.isnan(worlds[0].so_far), ~whole)
+    for before, after, event in zip(worlds, worlds[1:], events[1:], strict=False):
+        if event == "open":
+            over = before.time >= 20
+            total, whole = np.where(over, 0.0, total), whole | over
+        else:
+            total = total + event[1]
+        np.testing.assert_allclose(after.so_far[whole], total[whole], atol=1e-4)
+
+
+def test_no_task_leaks_into_another_ones_slots():
+    """A task that pays 1 and shows ones beside one that pays 0 and shows zeros: each slot keeps its own, always."""
+
+    def constant(x):
+        see = jnp.full(3, x)
+        step = lambda key, state, action: (see, state, x, jnp.zeros((), bool))  # noqa: E731
+        return muesli.Task(str(x), 3, 2, -1.0, 1.0, False, lambda key: (see, jnp.zeros(())), step)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        setup = toy_setup(monkeypatch, tasks={"one": constant(1.0), "none": constant(0.0)}, arch="mlp")
+    runner, update = first_runner(setup), fast_jit(muesli.update, setup)
+    for _ in range(5):
+        runner, metrics = update(runner)
+        obs = np.asarray(runner.world.obs)[:, :12]
+        assert obs[:4].any(axis=1).all() and not obs[4:].any()
+        for name, pays in (("1.0", 20.0), ("0.0", 0.0)):
+            assert np.isnan(metrics[f"return_{name}"]) or float(metrics[f"return_{name}"]) == pays
+
+
+def test_projections_have_unit_scale_in_and_full_range_out():
+    task = walk_task()._replace(obs_size=7, action_size=3)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        setup = toy_setup(monkeypatch)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4000)
+    M_o, M_a = jax.vmap(lambda key: muesli.sample_projection(setup, task, key))(keys)
+    assert M_o.shape == (4000, 12, 7) and M_a.shape == (4000, 3, 2)
+    features = jax.random.normal(jax.random.PRNGKey(1), (4000, 7))
+    assert float(jnp.mean(jnp.einsum("bnm,bm->bn", M_o, features) ** 2)) == pytest.approx(1.0, abs=0.05)
+    np.testing.assert_allclose(jnp.linalg.norm(M_a, axis=2), 1.0, rtol=1e-5)
+    assert np.abs(M_a.mean(axis=0)).max() < 0.06  # uniform on the sphere: no direction is preferred
+
+
+def test_tasks_that_end_by_themselves_see_done_and_the_memory_goes_on(story):
+    _, worlds, events = story
+    shown = [
+        (after.obs[:, 6], event[2]) for after, event in zip(worlds[1:], events[1:], strict=True) if event != "open"
+    ]
+    for done, terminated in shown:
+        np.testing.assert_array_equal(done, terminated)
+    assert all(not after.start.any() for after, event in zip(worlds[1:], events[1:], strict=True) if event != "open")
+
+
+# ---- DeepMind Control, Brax, gymnax ----------------------------------------------------------------------------------
+
+
+def test_point_mass_hard_pushes_into_directions_that_are_not_parallel():
+    env = muesli.point_mass_hard()
+    reset, step = fast_jit(jax.vmap(env.reset)), fast_jit(jax.vmap(env.step))
+    state = reset(jax.random.split(jax.random.PRNGKey(0), 500))
+    directions = np.asarray(state.info["directions"])  # (500, actuator, axis)
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=2), 1.0, rtol=1e-5)
+    cosine = np.einsum("bi,bi->b", directions[:, 0], directions[:, 1])
+    assert np.abs(cosine).max() <= 0.9 + 1e-5 and np.abs(cosine).max() > 0.85 and abs(cosine.mean()) < 0.1
+    assert np.abs(directions.mean(axis=0)).max() < 0.15
+    action = jnp.ones((500, 2))
+    moved = np.asarray(step(state, action).data.qvel - state.data.qvel)
+    # gear 0.1, mass 0.3, damping 1, 0.02 s, damping implicit: the push is along the sum of both directions
+    push = directions.sum(axis=1)
+    np.testing.assert_allclose(moved, push * moved[0, 0] / push[0, 0], atol=2e-4)
+
+
+def test_control_tasks_are_playgrounds(monkeypatch):
+    """Observation, reward and range of the task are those of the package's own environment, step by step."""
+    from mujoco_playground import dm_control_suite
+
+    task = muesli.make_task(small_args(), "PendulumSwingup", "tasks")
+    env = dm_control_suite.load("PendulumSwingup", config_overrides={"impl": "jax"})
+    obs, state = fast_jit(task.reset)(jax.random.PRNGKey(3))
+    own = fast_jit(env.reset)(jax.random.PRNGKey(3))
+    ours, theirs = fast_jit(task.step), fast_jit(env.step)
+    for t in range(5):
+        action = jnp.array([0.7 - 0.3 * t])
+        obs, state, reward, terminated = ours(None, state, action)
+        own = theirs(own, action)
+        np.testing.assert_allclose(obs, own.obs, atol=1e-6)
+        assert float(reward) == pytest.approx(float(own.reward)) and not terminated
+    assert (task.obs_size, task.action_size, task.low, task.high) == (3, 1, -1.0, 1.0)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "held_out"),
+    [("dmc", "PendulumSwingup", "PointMassHard"), ("brax", "inverted_pendulum", "fast")],
+)
+def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path):
+    flags = as_flags(**TINY, suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
+    out, _ = finish(run_script(*flags, cwd=tmp_path), timeout=600)
+    run, names = tmp_path / "run", [*tasks.split(","), held_out]
+    rows, columns = read(run / "evaluation.csv"), read(run / "metrics.csv")[-1]
+    assert [row["task"] for row in rows] == names and rows[-1]["split"] == "held out"
+    assert all(np.isfinite(float(row["return_mean"])) for row in rows)
+    assert f"return_{names[0]}" in columns and f"return_{held_out}" not in columns  # never trained on
+    assert all(name in out for name in names)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["script"] == "muesli_s5_metarl" and summary["env_steps"] == 160
+    assert {path.name for path in run.iterdir()} >= {"evaluation.png", "learning_curve.png", "args.json"}
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tmp_path):
+    """Evaluations in between included. Several seeds; a task whose state has parts without elements is stored too."""
+    flags = as_flags(**TINY | PENDULUM | {"total_timesteps": 80 * 60, "eval_interval": 7, "num_seeds": 2})
+    whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
+    cut = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)
+    while not (tmp_path / "cut" / "metrics.csv").exists() or len(read(tmp_path / "cut" / "metrics.csv")) < 20:
+        assert cut.poll() is None, "ended before it could be stopped"
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGTERM)
+    cut.communicate(timeout=120)
+    assert cut.returncode == 143
+    finish(run_script("--resume", "cut", cwd=tmp_path))
+    finish(whole)
+    for name in ("metrics.csv", "evaluation.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    out, _ = finish(run_script("--eval", "whole", "--eval-episodes", "3", cwd=tmp_path))
+    assert out.count("Pendulum-v1") == 2 and len(read(tmp_path / "whole" / "eval.csv")) == 4
+
+
+def test_empty_arrays_are_left_out_of_a_checkpoint_and_come_back():
+    leaves = muesli.leaves({"a": jnp.zeros((3, 0)), "b": jnp.ones(2)})
+    assert len(leaves) == 1 and list(leaves.values())[0].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite", "gymnax", "--tasks", "CartPole-v1"], "--tasks CartPole-v1: unknown; must be of Pendulum-v1"),
+        (["--suite", "brax", "--tasks", "swimmer"], "--tasks swimmer: fails under this version of jax"),
+        (["--suite", "atari"], "atari"),
+        (["--tasks", "PointMass,PointMass"], "names a task twice"),
+        (["--tasks", "PointMass", "--eval-tasks", "PointMass"], "--eval-tasks PointMass: PointMass is trained on"),
+        (["--num-envs", "95"], "--num-envs 95: must be a multiple of"),
+        (["--num-envs", "16"], "--num-envs 16: must be a multiple of 6 tasks"),
+        (["--num-steps", "300"], "--num-steps 300: must divide --meta-steps 1000"),
+        (["--muesli-unroll", "125"], "--muesli-unroll 125: must be below --num-steps 125"),
+        (["--gamma", "1.5"], "--gamma 1.5: must be at least 0 and at most 1"),
+        (["--s5-dt-min", "1"], "--s5-dt-min 1.0: must be at most --s5-dt-max"),
+        (["--arch", "transformer"], "transformer"),
+        (["--resume", "nowhere"], "nowhere: not a run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["muesli_s5_metarl.py", *flags])
+    assert common.run_main(muesli.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_paper_preset_is_the_papers_table():
+    args = muesli.Args(**muesli.PRESETS["paper"])
+    args.check()
+    assert (args.learning_rate, args.vf_coef, args.muesli_model_coef, args.muesli_unroll) == (3e-4, 1.0, 3.0, 1)
+    assert (args.encoder_layers, args.num_envs, args.gamma, args.num_steps) == ((512, 512), 1024, 0.995, 1000)
+    assert (args.total_timesteps, args.rnn_width, args.obs_size, args.action_size) == (2 * 10**9, 512, 12, 2)
+    assert (args.s5_layers, args.s5_width, args.s5_dt_min, args.s5_dt_max) == (10, 256, 0.001, 0.1)
+    assert (args.num_minibatches, args.update_epochs, args.meta_steps) == (1, 1, 1000)
+
+
+@pytest.mark.parametrize("suite", ["dmc", "brax"])
+def test_the_suites_lists_are_disjoint_and_known(suite):
+    train, held_out = muesli.task_names(small_args(suite=suite))
+    known = muesli.environments(small_args(suite=suite))
+    assert not set(train) & set(held_out) and set(train + held_out) <= set(known)
