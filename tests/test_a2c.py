@@ -196,6 +196,25 @@ def test_acting_and_learning_see_the_same_network(arch):
     np.testing.assert_allclose(played[0][2], first_value, atol=1e-5)
 
 
+def test_gain_makes_slow_states_hear_as_loudly_as_fast_ones():
+    """Against zero-order hold by its formula; with --s5-gain |B_bar| no longer grows with the time step."""
+    args = small_args(s5_state=16, s5_dt_min=1e-4, s5_dt_max=1e-2)
+    size = {}
+    for gain in (True, False):
+        layer = a2c.S5Layer(dataclasses.replace(args, s5_gain=gain))
+        params = layer.init(
+            jax.random.key(0), layer.initial_carry(1), jnp.ones((1, 1, 16)), jnp.ones((1, 1)), method="scan"
+        )
+        _, B_bar, _ = layer.apply(params, method="kernels")
+        p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+        Lambda, step = p["Lambda_re"] + 1j * p["Lambda_im"], np.exp(p["log_step"])
+        B = (p["B_tilde"][:, :16] + 1j * p["B_tilde"][:, 16:]) * (args.s5_dt_max / step if gain else 1.0)
+        expected = B * (np.exp(Lambda * step) - 1) / Lambda
+        np.testing.assert_allclose(B_bar[:, :16] + 1j * B_bar[:, 16:], expected, rtol=2e-2, atol=1e-7)
+        size[gain] = np.abs(expected).mean(axis=0)[np.argsort(step)]
+    assert size[False][-1] > 20 * size[False][0] and size[True].max() < 4 * size[True].min()
+
+
 def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
     """What the learner gets, in order: 32 steps from the start of an episode, then the 9 that are left of it."""
     args = dataclasses.replace(a2c.Args(**a2c.PRESETS["paper"]), memory_length=40, num_episodes=3, num_rows=1)
