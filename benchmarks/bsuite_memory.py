@@ -147,8 +147,8 @@ def draw(out: Path) -> None:
         axes.set(xscale="log", xlabel="memory length", title=title)
         axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS], minor=False, rotation=45)
         axes.set_xticks([], minor=True)
-    walls.set_yscale("log")
-    memories.set_yscale("log")
+    for axes in (walls, memories) if speeds else ():
+        axes.set_yscale("log")
     returns.legend(fontsize="small")
     figure.savefig(out / "memory.png", dpi=150)
 
