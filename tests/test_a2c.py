@@ -17,6 +17,7 @@ from conftest import ROOT, as_flags, fast_jit, finish, start_script
 
 import a2c_s5_bsuite as a2c
 import s5_common as common
+from benchmarks import bsuite_memory
 
 SCRIPT = ROOT / "a2c_s5_bsuite.py"
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "num_envs": 4, "memory_length": 6, "num_episodes": 400}
@@ -404,3 +405,23 @@ def test_a_sweep_writes_what_csv_load_reads_and_goes_on_where_it_was_stopped(tmp
         assert len(stamps) == 2
     frame = csv_load.load_one_result_set(str(tmp_path / "sweep" / "logs"))
     assert sorted(frame.num_bits.unique()) == [1, 2] and frame.episode.max() == 40
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+def test_memory_benchmark_measures_resumes_and_draws(tmp_path):
+    args = bsuite_memory.Args(out=str(tmp_path), seconds=0.0)
+    row = bsuite_memory.measure(args, "paper", "mlp", 2)
+    assert row["episodes"] == 10_000 and row["memory_mib"] > 0
+    expected = row["compile_seconds"] + 10_000 * 3 / row["steps_per_second"]
+    assert bsuite_memory.wall_seconds(row) == pytest.approx(expected)
+    bsuite_memory.keep(tmp_path / "speed.csv", row, ("preset", "arch", "length"))
+    # a run that is finished is read, not repeated
+    a2c.train(small_args(run_dir=str(tmp_path / "default__s5__6__s0"), num_episodes=40))
+    for _ in range(2):
+        row = bsuite_memory.train(args, "default", "s5", 6, 0)
+        bsuite_memory.keep(tmp_path / "runs.csv", row, ("preset", "arch", "length", "seed"))
+    assert [(row["episodes"], row["env_steps"]) for row in read(tmp_path / "runs.csv")] == [("40", "280")]
+    bsuite_memory.draw(tmp_path)
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
