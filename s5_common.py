@@ -353,7 +353,7 @@ class RunDirectory:
         self.stop: list[int] = []
         self.done, self.seconds, self.steps_per_second, self.writes = 0, 0.0, math.nan, jax.process_index() == 0
         self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
-        self.seeds = range(args.seed, args.seed + args.num_seeds)
+        self.seeds, self.evaluates = range(args.seed, args.seed + args.num_seeds), bool(args.eval)
         if args.track and not find_spec("wandb"):
             raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
         creates = self.writes and not (args.resume or args.eval)
@@ -390,14 +390,14 @@ class RunDirectory:
         self.checkpoints.save(self.done, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
 
     def restore(self, like: Any) -> Any:
-        """The state of the newest checkpoint, or ``like``, then saved, if the run has not begun. The clock starts.
-        like: a state with the wanted shapes, dtypes and placement. Raises UsageError.
-        """
+        """The newest checkpoint's state, or ``like``, whose shapes it has, where none is: a new run. Starts the clock.
+        Raises UsageError."""
         update, self.began = self.checkpoints.latest_step(), time.perf_counter()
         if update is None:
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
                 raise UsageError(f"{self.path}: its checkpoints are missing")
-            self.save(like)
+            if not self.evaluates:
+                self.save(like)
             return like
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:

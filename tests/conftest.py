@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ppo_s5_popgym as ppo
+import s5_common as common
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ppo_s5_popgym.py"
@@ -72,6 +73,16 @@ def finish(process: subprocess.Popen, code: int = 0, timeout: int = 180) -> tupl
         process.kill()
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def assert_refused(main: Any, flags: list[str], words: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """A script's main ends with exit code 2 and one line that holds these words, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    assert common.run_main(main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def fast_jit(function: Any, *bound: Any) -> Any:

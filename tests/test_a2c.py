@@ -13,7 +13,7 @@ import pytest
 from bsuite.environments import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
 from bsuite.experiments import summary_analysis
 from bsuite.logging import csv_load
-from conftest import ROOT, as_flags, fast_jit, finish, start_script
+from conftest import ROOT, as_flags, assert_refused, fast_jit, finish, start_script
 
 import a2c_s5_bsuite as a2c
 import s5_common as common
@@ -342,12 +342,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["a2c_s5_bsuite.py", *flags])
-    assert common.run_main(a2c.main) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and words in err and len(err.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(a2c.main, flags, words, tmp_path, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- bsuite's analysis

@@ -3,18 +3,16 @@
 import csv
 import json
 import signal
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, as_flags, fast_jit, finish, start_script
+from conftest import ROOT, as_flags, assert_refused, fast_jit, finish, start_script
 from test_muesli import SMALL, first_runner, small_args, toy_setup, walk_step, walk_task
 
 import muesli_s5_metarl as muesli
-import s5_common as common
 
 SCRIPT = ROOT / "muesli_s5_metarl.py"
 TINY = SMALL | {"eval_episodes": 2, "checkpoint_interval": 1, "total_timesteps": 160}  # two updates
@@ -263,12 +261,7 @@ def test_empty_arrays_are_left_out_of_a_checkpoint_and_come_back():
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["muesli_s5_metarl.py", *flags])
-    assert common.run_main(muesli.main) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and words in err and len(err.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(muesli.main, flags, words, tmp_path, monkeypatch, capsys)
 
 
 def test_the_paper_preset_is_the_papers_table():
