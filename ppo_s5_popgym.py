@@ -97,8 +97,8 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "meta": {"preset": "meta", "total_timesteps": 20_000_000, "num_minibatches": 4, "update_epochs": 4}
-    | {"learning_rate": 5e-4, "gae_lambda": 0.95},
+    "meta": {"preset": "meta", "total_timesteps": 12_000_000, "num_minibatches": 16}
+    | {"gae_lambda": 0.95, "ent_coef": 0.01},
     "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
     | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
     | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
