@@ -17,7 +17,6 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import s5_common as common
+from control_tasks import SUITES, Task, environments, make_task
 
 
 # ---- 2. Arguments ----------------------------------------------------------------------------------------------------
@@ -45,8 +45,7 @@ class Args:
     suite: Literal["dmc", "brax", "gymnax"] = "dmc"  # where the tasks are from; see --list-envs
     tasks: str = ""  # tasks to train on, separated by commas; if empty, the suite's own
     eval_tasks: str = ""  # held-out tasks, evaluated but never trained on; if empty, the suite's own
-    # flag values to begin from: tuned for a laptop, or the paper's table; explicit flags win
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "paper"] = "default"  # flags of a laptop's run or of the paper's; explicit ones win
     arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"  # the memory
     seed: int = 0  # seed of the first agent
     num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
@@ -73,9 +72,7 @@ class Args:
     muesli_unroll: int = 1  # steps K that the model is unrolled for its loss
     muesli_samples: int = 16  # actions N sampled from the prior for each CMPO target
     muesli_clip: float = 1.0  # CMPO clips normalised advantages to this
-    muesli_target_rate: float = (
-        0.1  # the target network moves by this share towards the parameters at each gradient step
-    )
+    muesli_target_rate: float = 0.1  # the target network moves by this share to the parameters at each gradient step
     muesli_advantage_decay: float = 0.99  # beta of the moving average of the squared advantage, per rollout
     muesli_support: int = 15  # values and rewards, after the transform, are categorical over -n, ..., n
     encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
@@ -106,8 +103,7 @@ class Args:
         zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval"}
         ones: dict[str, float] = dict.fromkeys(("gamma", "retrace_lambda", "muesli_target_rate"), 1)
         common.check_args(self, zero, ones | {"muesli_advantage_decay": 0.9999})
-        steps = f"--num-steps {self.num_steps}"
-        whole = self.num_minibatches * self.num_devices
+        steps, whole = f"--num-steps {self.num_steps}", self.num_minibatches * self.num_devices
         parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
         for wrong, what in (
             (self.meta_steps % self.num_steps, f"{steps}: must divide --meta-steps {self.meta_steps}"),
@@ -128,109 +124,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # ---- 3. Tasks, projections and what the agent sees -------------------------------------------------------------------
-class Task(NamedTuple):
-    """A control task as two functions of one environment; actions lie between low and high."""
-
-    name: str
-    obs_size: int
-    action_size: int
-    low: float
-    high: float
-    ends: bool  # may terminate before the meta-episode is over
-    reset: Callable  # key -> obs, state
-    step: Callable  # key, state, action -> obs, state, reward, terminated
-
-
-SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # tasks to train on, tasks held out
-    "dmc": (
-        ("BallInCup", "CartpoleSwingup", "FingerSpin", "FingerTurnHard", "PointMass", "ReacherEasy"),
-        ("CartpoleBalance", "FingerTurnEasy", "PendulumSwingup", "PointMassHard", "ReacherHard"),
-    ),
-    "brax": (("inverted_pendulum", "reacher", "hopper"), ("inverted_double_pendulum",)),
-    "gymnax": (("Pendulum-v1",), ("MountainCarContinuous-v0",)),
-}
-
-
-def point_mass_hard() -> Any:
-    """PointMass whose two actuators push into random directions, drawn anew in each episode, as dm_control defines it:
-    uniform on the circle, the second one drawn again while the cosine between them is above 0.9 in size.
-    """
-    import mujoco
-    from mujoco import mjx
-    from mujoco_playground._src.dm_control_suite.point_mass import PointMass
-
-    class PointMassHard(PointMass):
-        def __init__(self):
-            super().__init__(config_overrides={"impl": "jax"})
-            # the action is clipped already; a mixture of its parts may exceed the range of Playground's actuators
-            self.mj_model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL
-            self._mjx_model = mjx.put_model(self.mj_model, impl="jax")
-
-        def reset(self, rng):
-            state, turn = super().reset(rng), jax.random.uniform(jax.random.fold_in(rng, 1), (3,))
-            # rejecting near-parallel pairs leaves the angle between them uniform over the two arcs that remain
-            between = math.acos(0.9) + (math.pi - 2 * math.acos(0.9)) * turn[1] + math.pi * (turn[2] < 0.5)
-            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0]) * between
-            state.info["directions"] = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)  # a row for each actuator
-            return state
-
-        def step(self, state, action):
-            after = super().step(state, action @ state.info["directions"])
-            return after.replace(reward=self._get_reward(after.data, action, after.info, after.metrics))
-
-    return PointMassHard()
-
-
-def environments(args: Args) -> dict[str, Callable]:
-    """What makes each environment of --suite. The packages are imported when they are needed, as that takes seconds."""
-    if args.suite == "gymnax":
-        import gymnax
-
-        return {name: partial(gymnax.make, name) for name in ("Pendulum-v1", "MountainCarContinuous-v0")}
-    if args.suite == "brax":
-        from brax import envs
-
-        names = [name for name in envs._envs if name != "swimmer"]  # swimmer fails under this version of jax
-        return {name: partial(envs.get_environment, name, backend=args.brax_backend) for name in names}
-    from mujoco_playground import dm_control_suite as suite
-
-    on_mjx = {"impl": "jax"}  # Playground's own choice is Warp, which needs a GPU
-    found = {name: partial(suite.load, name, config_overrides=on_mjx) for name in suite.ALL_ENVS}
-    return found | {"PointMassHard": point_mass_hard}
-
-
-def make_task(args: Args, name: str, flag: str) -> Task:
-    """The task of this name in --suite, without the wrappers of its package. Raises UsageError for an unknown one."""
-    if name not in (makers := environments(args)):
-        why = "fails under this version of jax" if (args.suite, name) == ("brax", "swimmer") else "unknown"
-        raise common.UsageError(f"--{flag} {name}: {why}; must be of {', '.join(makers)}")
-    made = makers[name]()
-    if args.suite == "gymnax":  # without its time limit: the meta-episode is the limit
-        env, params = made
-        actions, features = env.action_space(params), env.observation_space(params).shape[0]
-
-        def step_gymnax(key, state, action):
-            obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
-            return obs, state, jnp.squeeze(reward).astype(jnp.float32), jnp.squeeze(terminated)
-
-        sizes = features, math.prod(actions.shape), float(np.min(actions.low)), float(np.max(actions.high))
-        return Task(name, *sizes, name != "Pendulum-v1", lambda key: env.reset_env(key, params), step_gymnax)
-
-    def reset(key):
-        state = made.reset(key)
-        return state.obs, state
-
-    def step(key, state, action):
-        after = made.step(state, action)
-        if args.suite == "brax":
-            return after.obs, after, after.reward, after.done > 0
-        failed = after.done > 0  # DeepMind Control tasks never end; done says that the simulation is not finite
-        after = jax.tree.map(partial(jnp.where, failed), state, after)  # such a step is not taken
-        return after.obs, after, jnp.where(failed, 0.0, after.reward), jnp.zeros((), bool)
-
-    return Task(name, made.observation_size, made.action_size, -1.0, 1.0, args.suite == "brax", reset, step)
-
-
 def task_names(args: Args) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the tasks to train on and of those held out. Raises UsageError."""
     own = [tuple(name.strip() for name in names.split(",") if name.strip()) for names in (args.tasks, args.eval_tasks)]
@@ -259,8 +152,7 @@ def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Arra
 
     M_o is Gaussian with variance 1 / E_o, so a projected feature has on average the mean square of the task's own
     features, whatever their number: unit scale in. The rows of M_a are uniform on the unit sphere: an action of length
-    1 along a row drives its actuator through the full range, whatever the projection: full range out. Without
-    --projection both are identities, with zeros where sizes differ.
+    1 along a row drives its actuator through the full range: full range out. Without --projection: identities.
     """
     O, A = setup.obs_size, setup.action_size  # noqa: E741
     if not setup.args.projection:
@@ -271,15 +163,11 @@ def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Arra
     return obs_matrix, rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def project(matrices: Array, x: Array) -> Array:
-    return jnp.einsum("bnm,bm->bn", matrices, x)
+project = partial(jnp.einsum, "bnm,bm->bn")  # matrices (b, N, M), vectors (b, M) -> (b, N)
 
 
 def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, start: Array) -> Array:
-    """Algorithm 1's observation, float (B, O + A + 3): never the task. Reward, done and action are of the step before.
-
-    Where start is 1 there was none, and they are zero.
-    """
+    """Algorithm 1's observation, float (B, O + A + 3), never the task. What came before is 0 where start is 1."""
     before = jnp.concatenate([reward[:, None], done.astype(jnp.float32)[:, None], previous_action], axis=-1)
     return jnp.concatenate([obs, before * (1.0 - start)[:, None], start[:, None]], axis=-1)
 
@@ -326,11 +214,8 @@ def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[W
 
 def select(condition: Array, new: Any, old: Any) -> Any:
     """``new`` where the condition bool (b,) holds, else ``old``; leaves begin with b."""
-
-    def where(x, y):
-        return jnp.where(condition.reshape(-1, *[1] * (y.ndim - 1)), x, y).astype(y.dtype)
-
-    return jax.tree.map(where, new, old)
+    where = jax.vmap(lambda c, x, y: jnp.where(c, x, y).astype(y.dtype))
+    return jax.tree.map(partial(where, condition), new, old)
 
 
 def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
@@ -457,9 +342,8 @@ class Agent(nn.Module):
         self.encoder = nn.Sequential([module for width in widths for module in (nn.Dense(width), nn.relu)])
         self.memory, H = make_memory(args), args.rnn_width if args.arch in ("lstm", "gru") else args.s5_width
         self.latent_norm, self.model_norm = nn.LayerNorm(), nn.LayerNorm()
-        self.policy_head, self.value_head, self.reward_head = (
-            nn.Dense(size, kernel_init=normal(0.001)) for size in (self.action_size, bins, bins)
-        )
+        head = partial(nn.Dense, kernel_init=normal(0.001))
+        self.policy_head, self.value_head, self.reward_head = head(self.action_size), head(bins), head(bins)
         self.log_std = self.param("log_std", nn.initializers.constant(math.log(0.7)), (self.action_size,))
         self.model_h, self.model_a, self.model_out = nn.Dense(H), nn.Dense(H, use_bias=False), nn.Dense(H)
 
@@ -723,14 +607,12 @@ def make_setup(args: Args) -> Setup:
 def init_runner(setup: Setup, key: Array) -> Runner:
     """Fresh parameters and meta-episodes for one agent.
 
-    The slots begin as if 0, T, 2T, ... steps of the first meta-episode were over, in turn, so that later on every
-    rollout holds all parts of a meta-episode and as many of them end after each.
+    The slots begin 0, T, 2T, ... steps into their first meta-episode, so that every rollout holds all parts of one.
     """
-    args, copies = setup.args, len(setup.tasks)
-    params_key, env_key, key = jax.random.split(key, 3)
+    args, (params_key, env_key, key) = setup.args, jax.random.split(key, 3)
     world = reset_world(setup, env_key)
-    time = args.num_steps * (jnp.arange(args.num_envs // copies) % (args.meta_steps // args.num_steps))
-    time = jnp.tile(time, copies)
+    slot = jnp.arange(args.num_envs) % (args.num_envs // len(setup.tasks))  # of its task
+    time = args.num_steps * (slot % (args.meta_steps // args.num_steps))
     world = world._replace(time=time, so_far=jnp.where(time > 0, jnp.nan, 0.0))
     carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
     params = setup.network.init(params_key, carry, world.obs[None], world.start[None], method="everything")
@@ -770,8 +652,7 @@ def return_metrics(setup: Setup, world: World) -> dict[str, Array]:
 def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
     """One rollout, its targets, then epochs of minibatches that permute slots, never time.
 
-    Deviation: the default preset makes several gradient steps on a rollout, all towards the targets of its beginning;
-    the paper preset makes one.
+    Deviation: the default preset makes several gradient steps, all towards the same targets; the paper preset one.
     """
     args = setup.args
     key, open_key, targets_key, epochs_key = jax.random.split(runner.key, 4)
@@ -831,17 +712,6 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return jax.jit(function, donate_argnums=0, out_shardings=out).lower(runners).compile()
 
 
-def leaves(runners: Runner) -> dict[str, Array]:
-    """What a checkpoint holds: simulators carry arrays without elements, which cannot be stored."""
-    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(runners)) if leaf.size}
-
-
-def restore(run: common.RunDirectory, runners: Runner) -> Runner:
-    """The runners of the newest checkpoint, or these of a run that has not begun."""
-    found, (old, tree) = run.restore(leaves(runners)), jax.tree.flatten(runners)
-    return jax.tree.unflatten(tree, [found.get(f"{i:04d}", leaf) for i, leaf in enumerate(old)])
-
-
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
 def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
     """Rewards of whole meta-episodes of a task with fresh projections, float (meta_steps, E), actions sampled."""
@@ -871,10 +741,7 @@ def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> l
 
 
 def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """In-context curves, mean reward against time in the meta-episode, a panel for each task, a line for each seed.
-
-    runs: for each label the rows of one or more evaluation.csv, of which the newest evaluation is drawn.
-    """
+    """In-context curves of the newest evaluation in the runs' rows: a panel for each task, a line for each seed."""
     tasks = list(dict.fromkeys(row["task"] for rows in runs.values() for row in rows))
     shape = math.ceil(len(tasks) / 4), min(4, len(tasks))
     figure = Figure(figsize=(3 * shape[1], 2.4 * shape[0]), layout="constrained")
@@ -883,10 +750,10 @@ def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> No
             newest = max(int(row["update"]) for row in rows)
             own = [row for row in rows if row["task"] == task and int(row["update"]) == newest]
             curves = np.array([[float(row[f"reward_{n}"]) for n in range(10)] for row in own]).reshape(-1, 10).T
-            axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=label)
+            names = [label] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
+            axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=names[: len(own)])
         axes.set(title=task, xlabel="part of the meta-episode", ylabel="reward")
-    lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
-    figure.axes[0].legend(list(lines.values()), list(lines), fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
 
@@ -908,17 +775,16 @@ def report(rows: list[dict[str, Any]], path: Path) -> None:
 def evaluate_checkpoint(args: Args) -> None:
     """Evaluate the newest checkpoint of --eval: table, eval.csv and eval.png in its directory."""
     setup, run = make_setup(args), common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl")
-    runners = restore(run, init_runners(setup))
+    runners = run.restore(init_runners(setup))
     report(evaluation_rows(args, make_evaluation(setup), run.done, runners.params), run.path / "eval")
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
-    setup = make_setup(args)
-    evaluation = make_evaluation(setup)
+    evaluation = make_evaluation(setup := make_setup(args))
     with common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl") as run:
-        runners, table = restore(run, init_runners(setup)), run.path / "evaluation.csv"
+        runners, table = run.restore(init_runners(setup)), run.path / "evaluation.csv"
         rows: list[dict[str, Any]] = list(csv.DictReader(table.open())) if table.exists() else []
         rows = [row for row in rows if int(row["update"]) <= run.done]
         step = compile_update(setup, runners)
@@ -929,7 +795,7 @@ def train(args: Args) -> dict[str, Any]:
                 rows += evaluation_rows(args, evaluation, now, runners.params)
                 if run.writes:
                     report(rows, table)
-            run.update(leaves(runners), metrics)
+            run.update(runners, metrics)
     means = {}
     for split in ("train", "held out"):
         returns = [float(r["return_mean"]) for r in rows if (int(r["update"]), r["split"]) == (run.done, split)]

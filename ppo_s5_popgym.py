@@ -60,6 +60,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 1.0  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are scaled down to this global norm
+    obs_scale: float = 1.0  # observations are multiplied by this before the network reads them
     normalize_rewards: bool = True  # divide rewards by the running root mean square of the discounted return
     bootstrap_truncated: bool = True  # value a time limit by its final observation; off: it counts as a termination
     encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
@@ -98,7 +99,7 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "meta": {"preset": "meta", "total_timesteps": 12_000_000, "num_minibatches": 16}
-    | {"gae_lambda": 0.95, "ent_coef": 0.01},
+    | {"gamma": 0.998, "gae_lambda": 0.95, "ent_coef": 0.01, "obs_scale": 8.0},
     "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
     | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
     | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
@@ -118,19 +119,21 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
 
 
 def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
-    """Fresh episodes: observations float (B, O) and environment states."""
-    return jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
+    """Fresh episodes: observations float (B, O), times --obs-scale, and environment states."""
+    obs, state = jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
+    return setup.args.obs_scale * obs, state
 
 
 def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
     """Step all environments; where an episode ends, the next one begins.
 
-    Returns next_obs, which opens a new episode where one ended; final_obs, which closes the old one; state; reward
-    float (B,); terminated and truncated bool (B,).
+    Returns next_obs, which opens a new episode where one ended; final_obs, which closes the old one, both times
+    --obs-scale; state; reward float (B,); terminated and truncated bool (B,).
     """
     keys, step = jax.random.split(key, len(action)), jax.vmap(setup.env.step, (0, 0, 0, None))
     next_obs, state, reward, terminated, truncated, info = step(keys, state, action, setup.env_params)
-    return next_obs, info["final_observation"], state, reward, terminated, truncated
+    next_obs, final_obs = (setup.args.obs_scale * obs for obs in (next_obs, info["final_observation"]))
+    return next_obs, final_obs, state, reward, terminated, truncated
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What the three scripts share and a reader may trust unread: state-space numerics, the memories that S5 is compared
-with, run plumbing. Shapes: T time, B environments, H model width, P complex states; time comes first, (T, B, ...).
-"""
+with, run plumbing. Shapes: T time, B environments, H model width, P complex states; time comes first, (T, B, ...)."""
 
 from __future__ import annotations
 
@@ -83,8 +82,6 @@ def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array])
 #     x_t = keep_t Lambda_bar x_{t-1} + B_bar u_t,      keep_t = 1 - start_t
 # A complex vector of P states travels packed, as 2P floats, the real parts and then the imaginary parts, so that
 # B_bar u and Re(C x) are single real matrix products.
-
-
 def complex_to_packed(z: Array) -> Array:
     """complex (..., P) -> float (..., 2P)."""
     return jnp.concatenate([z.real, z.imag], axis=-1)
@@ -97,8 +94,7 @@ def packed_to_complex(x: Array) -> Array:
 
 def recurrence_step(Lambda_bar: Array, x: Array, drive: Array, keep: Array) -> Array:
     """keep Lambda_bar x + drive. Lambda_bar (2P,), x and drive (B, 2P), keep (B,). Returns (B, 2P).
-    The drive is added within each half because XLA's CPU back end then fuses the step into one loop.
-    """
+    The drive is added within each half because XLA's CPU back end then fuses the step into one loop."""
     P = Lambda_bar.shape[-1] // 2
     a_re, a_im = Lambda_bar[:P], Lambda_bar[P:]
     x_re, x_im = keep[:, None] * x[:, :P], keep[:, None] * x[:, P:]
@@ -150,7 +146,6 @@ def _recurrence_backward(residuals, cotangent):
     conjugate = jnp.concatenate([Lambda_bar[:P], -Lambda_bar[P:]])
     next_keep = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
     adjoint = _scan(conjugate, cotangent, next_keep, jnp.zeros_like(carry), reverse=True)
-
     previous = keep[..., None] * jnp.concatenate([carry[None], states[:-1]])
     x_re, x_im, l_re, l_im = previous[..., :P], previous[..., P:], adjoint[..., :P], adjoint[..., P:]
     d_real, d_imag = jnp.sum(x_re * l_re + x_im * l_im, (0, 1)), jnp.sum(x_re * l_im - x_im * l_re, (0, 1))
@@ -222,9 +217,8 @@ class Attention(Memory):
     heads: int = 4
 
     def setup(self):
-        self.qkv, self.mix, self.up, self.down = (
-            [nn.Dense(size * self.width) for _ in range(self.layers)] for size in (3, 1, 2, 1)
-        )
+        dense = ([nn.Dense(size * self.width) for _ in range(self.layers)] for size in (3, 1, 2, 1))
+        self.qkv, self.mix, self.up, self.down = dense
         self.norms = [nn.LayerNorm() for _ in range(2 * self.layers)]
 
     def initial_carry(self, batch: int) -> tuple:
@@ -235,8 +229,7 @@ class Attention(Memory):
         """x (B, L, H) split in heads (B, L, heads, .), its feature pairs turned in proportion to position (L,)."""
         a, b = jnp.split(x.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
         pairs = a.shape[-1]
-        angle = position[:, None, None] * 10_000.0 ** (-jnp.arange(pairs) / pairs)
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = (f(position[:, None, None] * 10_000.0 ** (-jnp.arange(pairs) / pairs)) for f in (jnp.cos, jnp.sin))
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
@@ -338,6 +331,12 @@ def provenance() -> dict[str, Any]:
     return {"git_commit": git, "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}
 
 
+def stored(state: Any) -> dict[str, Array]:
+    """What a checkpoint holds: the arrays by name. orbax refuses those without elements, which simulators have."""
+    named = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in named if x.size}
+
+
 class RunDirectory:
     """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress line.
 
@@ -386,8 +385,9 @@ class RunDirectory:
 
     def save(self, state: Any) -> None:
         """Write a checkpoint. It counts only once it is whole, and the one before it stays."""
-        about = ocp.args.JsonSave({"args": self.args, "seconds": self.seconds + time.perf_counter() - self.began})
-        self.checkpoints.save(self.done, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
+        about = {"args": self.args, "seconds": self.seconds + time.perf_counter() - self.began}
+        items = {"state": ocp.args.StandardSave(stored(state)), "about": ocp.args.JsonSave(about)}
+        self.checkpoints.save(self.done, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint's state, or ``like``, whose shapes it has, where none is: a new run. Starts the clock.
@@ -399,7 +399,7 @@ class RunDirectory:
             if not self.evaluates:
                 self.save(like)
             return like
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        target = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in stored(like).items()}
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
             found = self.checkpoints.restore(update, args=items)
@@ -411,7 +411,8 @@ class RunDirectory:
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.csv").open(newline="") as file:
             self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
         self.done, self.seconds = update, found.about["seconds"]
-        return found.state
+        arrays = iter([found.state[name] for name in stored(like)])
+        return jax.tree.map(lambda x: next(arrays) if x.size else x, like)
 
     def compiled(self, updates: int, steps: int) -> None:
         """The updates begin: how many in all, and environment steps of one agent in each."""
@@ -430,9 +431,8 @@ class RunDirectory:
         for s, seed in enumerate(self.seeds):
             row = {"update": self.done, "env_steps": self.done * self.steps, "seed": seed}
             self.log(row | {name: value[s].item() for name, value in metrics.items()})
-        returns = self.returns(self.seeds[0])
-        text = f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
-        text = f"{self.done * steps:,} steps, {self.steps_per_second:,.0f}/s, {text}"
+        text, returns = f"{self.done * steps:,} steps, {self.steps_per_second:,.0f}/s, ", self.returns(self.seeds[0])
+        text += f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and (now - self.printed > 5 and self.done > self.first or last):

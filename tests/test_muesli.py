@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import fast_jit
 
+import control_tasks
 import muesli_s5_metarl as muesli
 
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "rnn_width": 16, "s5_layers": 1, "num_envs": 8}
@@ -42,7 +43,7 @@ def walk_step(key, state, action):
 
 def walk_task(name="walk", ends=True, low=-2.0, high=1.0):
     step = walk_step if ends else lambda *x: (*walk_step(*x)[:3], jnp.zeros((), bool))
-    return muesli.Task(name, 3, 2, low, high, ends, walk_reset, step)
+    return control_tasks.Task(name, 3, 2, low, high, ends, walk_reset, step)
 
 
 def toy_setup(monkeypatch, names=("walk",), tasks=None, **flags):
@@ -345,7 +346,7 @@ def bandit(best):
         pay = 0.5 * jnp.exp(-8 * (action[0] + 0.5) ** 2) + jnp.exp(-8 * (action[0] - best) ** 2)
         return jnp.ones(1), state, pay, jnp.ones((), bool)
 
-    return muesli.Task("bandit", 1, 1, -1.0, 1.0, True, lambda key: (jnp.ones(1), jnp.zeros(())), step)
+    return control_tasks.Task("bandit", 1, 1, -1.0, 1.0, True, lambda key: (jnp.ones(1), jnp.zeros(())), step)
 
 
 @pytest.mark.learning
