@@ -15,8 +15,6 @@ made. Memory is what the compiled program allocates.
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,13 +23,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import a2c_s5_bsuite as a2c  # noqa: E402
+from benchmarks.collect import finished_run, keep_rows, parse_args, print_row  # noqa: E402
 from benchmarks.timing import timed_call  # noqa: E402
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -53,12 +50,8 @@ class Args:
 def train(args: Args, preset: str, arch: str, length: int, seed: int) -> dict[str, Any]:
     """Train if need be; the row of the finished run."""
     run_dir = Path(args.out) / f"{preset}__{arch}__{length}__s{seed}"
-    command = [sys.executable, str(ROOT / "a2c_s5_bsuite.py")]
-    fresh = ["--preset", preset, "--arch", arch, "--memory-length", length, "--seed", seed, "--run-dir", run_dir]
-    if not (run_dir / "summary.json").exists():
-        flags = ["--resume", str(run_dir)] if run_dir.exists() else map(str, fresh)
-        subprocess.run([*command, *flags], check=True)
-    summary = json.loads((run_dir / "summary.json").read_text())
+    flags = ["--preset", preset, "--arch", arch, "--memory-length", length, "--seed", seed]
+    summary = finished_run("a2c_s5_bsuite.py", run_dir, flags)
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
     perfect = next((row for row in rows if float(row["return_mean"]) == 1.0), None)
     seconds = perfect and summary["compile_seconds"] + int(perfect["env_steps"]) / summary["steps_per_second"]
@@ -109,16 +102,6 @@ def measure(args: Args, preset: str, arch: str, length: int) -> dict[str, Any]:
     }
 
 
-def keep(table: Path, row: dict[str, Any], same: tuple[str, ...]) -> None:
-    """Put the row into the CSV in the place of the one that is the ``same`` in these columns."""
-    old = list(csv.DictReader(table.open())) if table.exists() else []
-    rows = [other for other in old if any(other[name] != str(row[name]) for name in same)] + [row]
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(out: Path) -> None:
     """The three panels, from what there is of runs.csv and speed.csv."""
     read = {name: list(csv.DictReader((out / name).open())) for name in FILES if (out / name).exists()}
@@ -163,7 +146,7 @@ FILES = ("runs.csv", "speed.csv")
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args, _ = parse_args(Args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for length in args.lengths:
@@ -171,12 +154,12 @@ def main() -> None:
             for arch in args.archs:
                 if args.speed:
                     row = measure(args, preset, arch, length)
-                    print(row, f"{wall_seconds(row):.0f} s for all episodes", flush=True)
-                    keep(out / "speed.csv", row, ("preset", "arch", "length"))
+                    print_row(row | {"seconds_of_all_episodes": round(wall_seconds(row))})
+                    keep_rows(out / "speed.csv", [row], ("preset", "arch", "length"))
                 for seed in () if args.speed else args.seeds:
                     row = train(args, preset, arch, length, seed)
-                    print(row, flush=True)
-                    keep(out / "runs.csv", row, ("preset", "arch", "length", "seed"))
+                    print_row(row)
+                    keep_rows(out / "runs.csv", [row], ("preset", "arch", "length", "seed"))
     draw(out)
 
 

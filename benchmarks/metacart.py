@@ -18,22 +18,20 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import queue
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "ppo_s5_popgym.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.collect import execute, finished_run, in_lanes, keep_rows, parse_args, print_row  # noqa: E402
+
+SCRIPT = "ppo_s5_popgym.py"
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, mean and its standard error
 
 
@@ -50,23 +48,14 @@ class Args:
     out: str = "runs/metacart"  # where runs, table and pictures go
 
 
-def command(args: Args, arch: str, seed: int, flags: list[str], cores: queue.Queue) -> None:
+def run(args: Args, flags: list[str], arch: str, seed: int, core: int | None) -> None:
     """Train and evaluate one run, each if need be."""
     run_dir = Path(args.out) / f"{args.env}__{arch}__s{seed}"
-    fresh = ["--env", args.env, "--preset", "meta", "--arch", arch, "--seed", str(seed), "--run-dir", str(run_dir)]
-    evaluate = ["--eval", str(run_dir), "--eval-trials", str(args.eval_trials)]
-    evaluate += ["--eval-episodes", str(args.eval_episodes)]
-    core = cores.get()
-    hold = (lambda: os.sched_setaffinity(0, {core})) if args.jobs > 1 else None
-    try:
-        start = partial(subprocess.run, check=True, preexec_fn=hold)
-        if not (run_dir / "summary.json").exists():
-            goes_on = ["--resume", str(run_dir)] if run_dir.exists() else [*fresh, *flags]
-            start([sys.executable, str(SCRIPT), *goes_on])
-        if not (run_dir / f"trials_{args.eval_trials}.csv").exists():
-            start([sys.executable, str(SCRIPT), *evaluate])
-    finally:
-        cores.put(core)
+    own = ["--env", args.env, "--preset", "meta", "--arch", arch, "--seed", seed]
+    finished_run(SCRIPT, run_dir, [*own, *flags], core)
+    if not (run_dir / f"trials_{args.eval_trials}.csv").exists():
+        evaluate = ["--eval", run_dir, "--eval-trials", args.eval_trials, "--eval-episodes", args.eval_episodes]
+        execute(SCRIPT, evaluate, core)
 
 
 def read(args: Args, arch: str, seed: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
@@ -107,21 +96,11 @@ def draw(curves: dict[str, Curve], picture: Path, xlabel: str, ylabel: str, trai
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    args = tyro.cli(Args, args=words[:split])
+    args, flags = parse_args(Args)
     out, runs = Path(args.out), [(arch, seed) for seed in args.seeds for arch in args.archs]
-    out.mkdir(parents=True, exist_ok=True)
-    cores: queue.Queue = queue.Queue()
-    for core in range(args.jobs):
-        cores.put(core)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: command(args, *run, words[split + 1 :], cores), runs))
-    found = {run: read(args, *run) for run in runs}
-    with (out / "metacart.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, next(iter(found.values()))[0])
-        writer.writeheader()
-        writer.writerows(row for row, _, _ in found.values())
+    in_lanes(args.jobs, partial(run, args, flags), runs)
+    found = {about: read(args, *about) for about in runs}
+    keep_rows(out / "metacart.csv", [row for row, _, _ in found.values()], ("env", "arch", "seed"))
     curves, trials = {}, {}
     for arch in args.archs:
         own = [found[arch, seed] for seed in args.seeds]
@@ -131,7 +110,7 @@ def main() -> None:
     draw(curves, out / "curves.png", "environment steps", "mean return of a meta-episode")
     draw(trials, out / f"trials_{args.eval_trials}.png", "trial", "mean return of a trial", trained=16)
     for row, _, _ in found.values():
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
+        print_row(row)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run muesli_s5_metarl.py on task lists x memories x seeds, one after the other; collect a CSV and one picture a list.
+"""Run muesli_s5_metarl.py on task lists x memories x seeds, and collect a CSV and pictures for each list.
 
     python benchmarks/metarl_runs.py --tasks CartpoleSwingup --archs s5 mlp --seeds 0 1 2
     python benchmarks/metarl_runs.py --tasks all --archs s5 lstm mlp -- --eval-interval 200
@@ -12,19 +12,19 @@ run and task with its final evaluation. The in-context curves of all runs of a l
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.collect import finished_run, in_lanes, keep_rows, parse_args, print_row  # noqa: E402
 from muesli_s5_metarl import plot_evaluations  # noqa: E402
 from s5_common import plot_learning_curves  # noqa: E402
+
+lock = Lock()  # results.csv is written by one run at a time
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Args:
     suite: str = "dmc"  # where the tasks are from
     archs: tuple[str, ...] = ("s5", "mlp")  # memories
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds, each a run of its own
+    jobs: int = 1  # runs at a time; if more than one, each is held to a CPU core of its own
     name: str = ""  # a label for runs with other flags, part of their directories' names
     out: str = "runs/metarl"  # where runs, CSV and pictures go
 
 
-def run(args: Args, tasks: str, arch: str, seed: int, flags: list[str]) -> tuple[Path, list[dict]]:
-    """Train if need be; directory and rows of the finished run, one for each task."""
-    label = "all" if tasks == "all" else tasks.replace(",", "+")
-    run_dir = Path(args.out) / "__".join(filter(None, (args.suite, label, args.name, arch, f"s{seed}")))
-    command = [sys.executable, str(ROOT / "muesli_s5_metarl.py")]
-    fresh = ["--suite", args.suite, "--arch", arch, "--seed", str(seed), "--run-dir", str(run_dir), *flags]
-    fresh += [] if tasks == "all" else ["--tasks", tasks]
-    if not (run_dir / "summary.json").exists():
-        subprocess.run(command + (["--resume", str(run_dir)] if run_dir.exists() else fresh), check=True)
-    summary = json.loads((run_dir / "summary.json").read_text())
+def directory(args: Args, tasks: str, arch: str, seed: int) -> Path:
+    return Path(args.out) / "__".join(filter(None, (args.suite, tasks.replace(",", "+"), args.name, arch, f"s{seed}")))
+
+
+def run(args: Args, flags: list[str], tasks: str, arch: str, seed: int, core: int | None) -> None:
+    """Train if need be, and keep a row of the final evaluation for each task."""
+    run_dir = directory(args, tasks, arch, seed)
+    own = ["--suite", args.suite, "--arch", arch, "--seed", seed, *([] if tasks == "all" else ["--tasks", tasks])]
+    summary = finished_run("muesli_s5_metarl.py", run_dir, [*own, *flags], core)
     evaluations = list(csv.DictReader((run_dir / "evaluation.csv").open()))
     about = {"suite": args.suite, "tasks": tasks, "name": args.name, "arch": arch, "seed": seed}
     measured = {"env_steps": summary["env_steps"], "steps_per_second": round(summary["steps_per_second"])}
@@ -57,33 +57,25 @@ def run(args: Args, tasks: str, arch: str, seed: int, flags: list[str]) -> tuple
     kept = [row for row in evaluations if int(row["update"]) == newest]
     names = ("task", "split", "return_mean", "return_se", *[f"reward_{n}" for n in range(10)])
     rounded = [{k: row[k] if k in ("task", "split") else round(float(row[k]), 4) for k in names} for row in kept]
-    return run_dir, [about | row | measured for row in rounded]
+    with lock:
+        for row in rounded:
+            print_row(about | {name: row[name] for name in names[:4]})
+        same = ("suite", "tasks", "name", "arch", "seed", "task")
+        keep_rows(Path(args.out) / "results.csv", [about | row | measured for row in rounded], same)
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    args, flags = tyro.cli(Args, args=words[:split]), words[split + 1 :]
-    table = Path(args.out) / "results.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    done = list(csv.DictReader(table.open())) if table.exists() else []
-    same = ("suite", "tasks", "name", "arch", "seed", "task")
+    args, flags = parse_args(Args)
+    runs = [(tasks, arch, seed) for tasks in args.tasks for seed in args.seeds for arch in args.archs]
+    in_lanes(args.jobs, partial(run, args, flags), runs)
     for tasks in args.tasks:
-        curves: dict[str, list] = {}
-        learning: dict[str, list] = {}
+        curves: dict[str, list] = {arch: [] for arch in args.archs}
+        learning: dict[str, list] = {arch: [] for arch in args.archs}
         for arch in args.archs:
             for seed in args.seeds:
-                run_dir, rows = run(args, tasks, arch, seed, flags)
-                for row in rows:
-                    print(", ".join(f"{name} {row[name]}" for name in (*same, "split", "return_mean")), flush=True)
-                fresh = {tuple(str(row[k]) for k in same) for row in rows}
-                done = [old for old in done if tuple(str(old[k]) for k in same) not in fresh] + rows
-                with table.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(done)
-                curves.setdefault(arch, []).extend(csv.DictReader((run_dir / "evaluation.csv").open()))
-                learning.setdefault(arch, []).extend(csv.DictReader((run_dir / "metrics.csv").open()))
+                run_dir = directory(args, tasks, arch, seed)
+                curves[arch].extend(csv.DictReader((run_dir / "evaluation.csv").open()))
+                learning[arch].extend(csv.DictReader((run_dir / "metrics.csv").open()))
         picture = "__".join(filter(None, (args.suite, tasks.replace(",", "+"), args.name)))
         plot_evaluations(curves, Path(args.out) / f"{picture}__in_context.png")
         plot_learning_curves(learning, Path(args.out) / f"{picture}__learning.png")

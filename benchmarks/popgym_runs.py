@@ -10,17 +10,13 @@ a task are drawn into one picture beside the CSV.
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.collect import finished_run, keep_rows, parse_args, print_row  # noqa: E402
 from s5_common import plot_learning_curves  # noqa: E402
 
 
@@ -38,11 +34,7 @@ class Args:
 def run(args: Args, env: str, arch: str, seed: int, flags: list[str]) -> dict:
     """Train if need be; the row of the finished run."""
     run_dir = Path(args.out) / f"{env}__{arch}__s{seed}"
-    command = [sys.executable, str(ROOT / "ppo_s5_popgym.py")]
-    fresh = ["--env", env, "--arch", arch, "--seed", str(seed), "--run-dir", str(run_dir), *flags]
-    if not (run_dir / "summary.json").exists():
-        subprocess.run(command + (["--resume", str(run_dir)] if run_dir.exists() else fresh), check=True)
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = finished_run("ppo_s5_popgym.py", run_dir, ["--env", env, "--arch", arch, "--seed", seed, *flags])
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
     crossed = [int(row["env_steps"]) for row in rows if row["return_mean"] and float(row["return_mean"]) >= args.target]
     return {
@@ -66,23 +58,14 @@ def run(args: Args, env: str, arch: str, seed: int, flags: list[str]) -> dict:
 
 
 def main() -> None:
-    own, _, flags = " ".join(sys.argv[1:]).partition(" -- ")
-    args = tyro.cli(Args, args=own.split())
-    table = Path(args.out) / "results.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    done = list(csv.DictReader(table.open())) if table.exists() else []
+    args, flags = parse_args(Args)
     for env in args.envs:
         curves = {}
         for arch in args.archs:
             for seed in args.seeds:
-                row = run(args, env, arch, seed, flags.split())
-                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-                same = ("env", "arch", "seed")
-                done = [old for old in done if any(str(old[k]) != str(row[k]) for k in same)] + [row]
-                with table.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                    writer.writerows(done)
+                row = run(args, env, arch, seed, flags)
+                print_row(row)
+                keep_rows(Path(args.out) / "results.csv", [row], ("env", "arch", "seed"))
                 metrics = Path(args.out) / f"{env}__{arch}__s{seed}" / "metrics.csv"
                 curves.setdefault(arch, []).extend(csv.DictReader(metrics.open()))
         plot_learning_curves(curves, Path(args.out) / f"{env}.png")

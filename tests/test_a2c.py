@@ -18,6 +18,7 @@ from conftest import ROOT, as_flags, assert_refused, fast_jit, finish, start_scr
 import a2c_s5_bsuite as a2c
 import s5_common as common
 from benchmarks import bsuite_memory
+from benchmarks.collect import keep_rows
 
 SCRIPT = ROOT / "a2c_s5_bsuite.py"
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "num_envs": 4, "memory_length": 6, "num_episodes": 400}
@@ -411,12 +412,12 @@ def test_memory_benchmark_measures_resumes_and_draws(tmp_path):
     assert row["episodes"] == 10_000 and row["memory_mib"] > 0
     expected = row["compile_seconds"] + 10_000 * 3 / row["steps_per_second"]
     assert bsuite_memory.wall_seconds(row) == pytest.approx(expected)
-    bsuite_memory.keep(tmp_path / "speed.csv", row, ("preset", "arch", "length"))
+    keep_rows(tmp_path / "speed.csv", [row], ("preset", "arch", "length"))
     # a run that is finished is read, not repeated
     a2c.train(small_args(run_dir=str(tmp_path / "default__s5__6__s0"), num_episodes=40))
     for _ in range(2):
         row = bsuite_memory.train(args, "default", "s5", 6, 0)
-        bsuite_memory.keep(tmp_path / "runs.csv", row, ("preset", "arch", "length", "seed"))
+        keep_rows(tmp_path / "runs.csv", [row], ("preset", "arch", "length", "seed"))
     assert [(row["episodes"], row["env_steps"]) for row in read(tmp_path / "runs.csv")] == [("40", "280")]
     bsuite_memory.draw(tmp_path)
     assert (tmp_path / "memory.png").stat().st_size > 10_000

@@ -1,0 +1,73 @@
+"""What the collections of training runs share: flags for the script, resumption, a core for each run, rows in a CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args(args_class: type) -> tuple[Any, list[str]]:
+    """The benchmark's own flags, and those after ``--``, which are for the script."""
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    return tyro.cli(args_class, args=words[:split]), words[split + 1 :]
+
+
+def execute(script: str, flags: Iterable[Any], core: int | None = None) -> None:
+    """Run a script of this project, on one CPU core only if one is given. Ends with its exit code if it fails."""
+    hold = None if core is None else lambda: os.sched_setaffinity(0, {core})
+    ended = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], preexec_fn=hold)
+    if ended.returncode:
+        raise SystemExit(ended.returncode)
+
+
+def finished_run(script: str, run_dir: Path, flags: Iterable[Any], core: int | None = None) -> dict[str, Any]:
+    """Summary of the run in ``run_dir``, which is begun with these flags, or gone on with if it had been stopped."""
+    if not (run_dir / "summary.json").exists():
+        execute(script, ["--resume", run_dir] if run_dir.exists() else [*flags, "--run-dir", run_dir], core)
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def in_lanes(jobs: int, function: Callable, items: Iterable[Any]) -> None:
+    """``function(*item, core)`` for every item, ``jobs`` at a time, on a core each; None if it is one at a time."""
+    cores: queue.Queue = queue.Queue()
+    for core in range(jobs):
+        cores.put(core if jobs > 1 else None)
+
+    def held(item):
+        core = cores.get()
+        try:
+            function(*item, core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(held, items))
+
+
+def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) -> None:
+    """Put rows into a CSV in the place of those that are the ``same`` in these columns."""
+    new = {tuple(str(row[name]) for name in same) for row in rows}
+    old = list(csv.DictReader(table.open())) if table.exists() else []
+    kept = [row for row in old if tuple(row[name] for name in same) not in new]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
