@@ -150,17 +150,17 @@ class World(NamedTuple):
 def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Array]:
     """M_o (O, E_o) and M_a (E_a, A) of one meta-episode: the agent sees M_o o, the task gets M_a a, clipped.
 
-    M_o is Gaussian with variance 1 / E_o, so a projected feature has on average the mean square of the task's own
-    features, whatever their number: unit scale in. The rows of M_a are uniform on the unit sphere: an action of length
-    1 along a row drives its actuator through the full range: full range out. Without --projection: identities.
+    M_o = g Q, g^2 = max(1, O / E_o), Q uniform with orthonormal columns (rows, if O < E_o): projected features have the
+    mean square of the task's own: unit scale in. Rows of M_a have length 1 and, if E_a <= A, are orthogonal: an action
+    of length 1 can drive any actuator through its full range: full range out. Without --projection: identities.
     """
     O, A = setup.obs_size, setup.action_size  # noqa: E741
     if not setup.args.projection:
         return jnp.eye(O, task.obs_size), jnp.eye(task.action_size, A)
     obs_key, action_key = jax.random.split(key)
-    rows = jax.random.normal(action_key, (task.action_size, A))
-    obs_matrix = jax.random.normal(obs_key, (O, task.obs_size)) / math.sqrt(task.obs_size)
-    return obs_matrix, rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    Q = jax.random.orthogonal(obs_key, max(O, task.obs_size))[:O, : task.obs_size]
+    M_a = jax.random.orthogonal(action_key, max(A, task.action_size))[: task.action_size, :A]
+    return math.sqrt(max(1, O / task.obs_size)) * Q, M_a / jnp.linalg.norm(M_a, axis=1, keepdims=True)
 
 
 project = partial(jnp.einsum, "bnm,bm->bn")  # matrices (b, N, M), vectors (b, M) -> (b, N)

@@ -134,17 +134,23 @@ def test_no_task_leaks_into_another_ones_slots():
             assert np.isnan(metrics[f"return_{name}"]) or float(metrics[f"return_{name}"]) == pays
 
 
-def test_projections_have_unit_scale_in_and_full_range_out():
-    task = walk_task()._replace(obs_size=7, action_size=3)
+@pytest.mark.parametrize("features, actions", [(7, 3), (7, 2), (17, 1)])
+def test_projections_have_unit_scale_in_and_full_range_out(features, actions):
+    task = walk_task()._replace(obs_size=features, action_size=actions)
     with pytest.MonkeyPatch.context() as monkeypatch:
         setup = toy_setup(monkeypatch)
     keys = jax.random.split(jax.random.PRNGKey(0), 4000)
-    M_o, M_a = jax.vmap(lambda key: muesli.sample_projection(setup, task, key))(keys)
-    assert M_o.shape == (4000, 12, 7) and M_a.shape == (4000, 3, 2)
-    features = jax.random.normal(jax.random.PRNGKey(1), (4000, 7))
-    assert float(jnp.mean(jnp.einsum("bnm,bm->bn", M_o, features) ** 2)) == pytest.approx(1.0, abs=0.05)
-    np.testing.assert_allclose(jnp.linalg.norm(M_a, axis=2), 1.0, rtol=1e-5)
-    assert np.abs(M_a.mean(axis=0)).max() < 0.06  # uniform on the sphere: no direction is preferred
+    M_o, M_a = map(np.asarray, jax.vmap(lambda key: muesli.sample_projection(setup, task, key))(keys))
+    assert M_o.shape == (4000, 12, features) and M_a.shape == (4000, actions, 2)
+    x = np.random.default_rng(1).normal(size=(4000, features))
+    assert np.mean(np.einsum("bnm,bm->bn", M_o, x) ** 2) == pytest.approx(1.0, abs=0.05)
+    # nothing is squeezed: lengths and angles are kept, if there is room for them
+    gram = M_o.swapaxes(1, 2) @ M_o / (12 / features) if features <= 12 else M_o @ M_o.swapaxes(1, 2)
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[1]), gram.shape), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(M_a, axis=2), 1.0, rtol=1e-5)
+    if actions == 2:
+        np.testing.assert_allclose(np.abs(np.linalg.det(M_a)), 1.0, rtol=1e-5)
+    assert np.abs(M_a.mean(axis=0)).max() < 0.06 and np.abs(M_o.mean(axis=0)).max() < 0.06  # no direction is preferred
 
 
 def test_tasks_that_end_by_themselves_see_done_and_the_memory_goes_on(story):
