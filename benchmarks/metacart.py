@@ -91,7 +91,7 @@ def draw(curves: dict[str, Curve], picture: Path, xlabel: str, ylabel: str, trai
     if trained:
         axes.axvline(trained + 0.5, color="grey", linestyle=":", label=f"trained on {trained} trials")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(picture, dpi=150)
 
 
