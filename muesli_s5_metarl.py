@@ -63,11 +63,11 @@ class Args:
     anneal_lr: bool = True  # bring the step size to zero linearly over the run
     gamma: float = 0.99  # discount
     retrace_lambda: float = 0.95  # lambda of Retrace
-    vf_coef: float = 1.0  # weight of the value loss
+    vf_coef: float = 0.25  # weight of the value loss
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     muesli_pg_coef: float = 1.0  # weight of the policy gradient
     muesli_cmpo_coef: float = 1.0  # weight of the CMPO regulariser
-    muesli_model_coef: float = 3.0  # weight of the model loss; 0 also keeps q_prior untrained
+    muesli_model_coef: float = 0.5  # weight of the model loss; 0 also keeps q_prior untrained
     muesli_retrace_q: bool = False  # Retrace's correction is G - q_prior(s, a); off: G - v_prior(s)
     muesli_unroll: int = 1  # steps K that the model is unrolled for its loss
     muesli_samples: int = 16  # actions N sampled from the prior for each CMPO target
@@ -119,7 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper", "total_timesteps": 2_000_000_000, "num_envs": 1024, "num_steps": 1000}
     | {"num_minibatches": 1, "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.995, "encoder_layers": (512, 512)}
     | {"s5_layers": 10, "s5_width": 256, "s5_state": 128, "s5_norm": False, "rnn_width": 512}
-    | {"muesli_retrace_q": True},
+    | {"vf_coef": 1.0, "muesli_model_coef": 3.0, "muesli_retrace_q": True},
 }
 
 
