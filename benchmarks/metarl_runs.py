@@ -5,8 +5,9 @@
     python benchmarks/metarl_runs.py --tasks CartpoleSwingup --name cmpo-only -- --muesli-pg-coef 0
 
 A run that is finished is not repeated and one that was stopped is resumed, so the same command goes on where it was
-interrupted. Flags after ``--`` go to the script; give such runs a --name of their own. results.csv has a row for each
-run and task with its final evaluation. The in-context curves of all runs of a list are drawn into one picture.
+interrupted. Flags after ``--`` go to the script; give such runs a --name of their own. With ``-- --num-seeds 3`` a run
+is three agents in one program, which compiles once. results.csv has a row for each agent and task with its final
+evaluation. The in-context curves of all runs of a list are drawn into one picture.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ def run(args: Args, flags: list[str], tasks: str, arch: str, seed: int, core: in
     own = ["--suite", args.suite, "--arch", arch, "--seed", seed, *([] if tasks == "all" else ["--tasks", tasks])]
     summary = finished_run("muesli_s5_metarl.py", run_dir, [*own, *flags], core)
     evaluations = list(csv.DictReader((run_dir / "evaluation.csv").open()))
-    about = {"suite": args.suite, "tasks": tasks, "name": args.name, "arch": arch, "seed": seed}
+    about = {"suite": args.suite, "tasks": tasks, "name": args.name, "arch": arch}
     measured = {"env_steps": summary["env_steps"], "steps_per_second": round(summary["steps_per_second"])}
     measured |= {"minutes": round(summary["run_seconds"] / 60, 2), "git_commit": summary["git_commit"]}
     newest = max(int(row["update"]) for row in evaluations)
     kept = [row for row in evaluations if int(row["update"]) == newest]
-    names = ("task", "split", "return_mean", "return_se", *[f"reward_{n}" for n in range(10)])
-    rounded = [{k: row[k] if k in ("task", "split") else round(float(row[k]), 4) for k in names} for row in kept]
+    words, figures = ("seed", "task", "split"), ("return_mean", "return_se", *[f"reward_{n}" for n in range(10)])
+    rounded = [{k: row[k] for k in words} | {k: round(float(row[k]), 4) for k in figures} for row in kept]
     with lock:
         for row in rounded:
-            print_row(about | {name: row[name] for name in names[:4]})
+            print_row(about | {name: row[name] for name in (*words, *figures[:2])})
         same = ("suite", "tasks", "name", "arch", "seed", "task")
         keep_rows(Path(args.out) / "results.csv", [about | row | measured for row in rounded], same)
 
