@@ -49,7 +49,7 @@ class Args:
     arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"  # the memory
     seed: int = 0  # seed of the first agent
     num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    total_timesteps: int = 8_000_000  # environment steps for each agent, rounded up to whole rollouts
+    total_timesteps: int = 16_000_000  # environment steps for each agent, rounded up to whole rollouts
     num_envs: int = 96  # parallel slots B, an equal share for each task
     num_steps: int = 125  # steps of a rollout T, a divisor of meta-steps; gradients do not reach further back
     num_minibatches: int = 8  # minibatches of an epoch; each takes whole sequences of some slots
