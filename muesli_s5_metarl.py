@@ -745,14 +745,14 @@ def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> No
     tasks = list(dict.fromkeys(row["task"] for rows in runs.values() for row in rows))
     shape = math.ceil(len(tasks) / 4), min(4, len(tasks))
     figure = Figure(figsize=(3 * shape[1], 2.4 * shape[0]), layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(*shape, squeeze=False).ravel(), strict=False):
+    for place, task in enumerate(tasks, start=1):
+        axes = figure.add_subplot(*shape, place, title=task, xlabel="part of the meta-episode", ylabel="reward")
         for color, (label, rows) in enumerate(runs.items()):
             newest = max(int(row["update"]) for row in rows)
             own = [row for row in rows if row["task"] == task and int(row["update"]) == newest]
             curves = np.array([[float(row[f"reward_{n}"]) for n in range(10)] for row in own]).reshape(-1, 10).T
             names = [label] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
             axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=names[: len(own)])
-        axes.set(title=task, xlabel="part of the meta-episode", ylabel="reward")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
