@@ -92,6 +92,7 @@ class Args:
     eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
     eval_interval: int = 0  # updates between evaluations of all tasks; 0: only at the end of the run
     eval_episodes: int = 32  # meta-episodes of each task in an evaluation
+    eval_noise: float = 1.0  # standard deviation of evaluated actions, in those of the policy; 0: the mean acts
     list_envs: bool = False  # print the names of all tasks and stop
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)
@@ -100,7 +101,7 @@ class Args:
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
         zero = {"seed", "vf_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
-        zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval"}
+        zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval", "eval_noise"}
         ones: dict[str, float] = dict.fromkeys(("gamma", "retrace_lambda", "muesli_target_rate"), 1)
         common.check_args(self, zero, ones | {"muesli_advantage_decay": 0.9999})
         steps, whole = f"--num-steps {self.num_steps}", self.num_minibatches * self.num_devices
@@ -307,8 +308,8 @@ class Policy(NamedTuple):
     mean: Array  # (..., A)
     log_std: Array  # (..., A)
 
-    def sample(self, key: Array) -> Array:
-        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+    def sample(self, key: Array, noise: float = 1.0) -> Array:
+        return self.mean + noise * jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
 
     def log_prob(self, action: Array) -> Array:
         return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
@@ -620,8 +621,8 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     return Runner(params, jax.tree.map(jnp.copy, params), opt_state, key, average, world, carry, carry)
 
 
-def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout]:
-    """Act for T steps, over which no meta-episode ends. Returns the runner moved on and the rollout."""
+def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[Runner, Rollout]:
+    """Act for T steps, in which no meta-episode ends, with noise x the policy's deviation: (runner after, rollout)."""
     network = setup.network
     kernels = network.apply(runner.params, method="kernels")
 
@@ -629,10 +630,9 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout]:
         (world, carry), (action_key, env_key) = state, jax.random.split(key)
         carry, h = network.apply(runner.params, kernels, carry, world.obs, world.start, method="step")
         policy = network.apply(runner.params, h, method="policy")
-        action = policy.sample(action_key)
+        action = policy.sample(action_key, noise)
         later, reward, terminated = step_world(setup, env_key, world, action)
-        log_prob = policy.log_prob(action)
-        return (later, carry), Rollout(world.obs, world.start, action, log_prob, reward, terminated)
+        return (later, carry), Rollout(world.obs, world.start, action, policy.log_prob(action), reward, terminated)
 
     key, steps_key = jax.random.split(runner.key)
     keys = jax.random.split(steps_key, setup.args.num_steps)
@@ -714,10 +714,10 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
 def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
-    """Rewards of whole meta-episodes of a task with fresh projections, float (meta_steps, E), actions sampled."""
+    """Rewards of whole meta-episodes of a task with fresh projections, float (meta_steps, E)."""
     args = replace(setup.args, num_envs=setup.args.eval_episodes, num_steps=setup.args.meta_steps)
     setup = setup._replace(args=args, tasks=(task,))
-    return collect_rollout(setup, init_runner(setup, key)._replace(params=params))[1].reward
+    return collect_rollout(setup, init_runner(setup, key)._replace(params=params), args.eval_noise)[1].reward
 
 
 def make_evaluation(setup: Setup) -> list[tuple[str, str, Any]]:
@@ -785,8 +785,8 @@ def train(args: Args) -> dict[str, Any]:
     evaluation = make_evaluation(setup := make_setup(args))
     with common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl") as run:
         runners, table = run.restore(init_runners(setup)), run.path / "evaluation.csv"
-        rows: list[dict[str, Any]] = list(csv.DictReader(table.open())) if table.exists() else []
-        rows = [row for row in rows if int(row["update"]) <= run.done]
+        earlier = csv.DictReader(table.open()) if table.exists() else []
+        rows: list[dict[str, Any]] = [row for row in earlier if int(row["update"]) <= run.done]
         step = compile_update(setup, runners)
         run.compiled(args.num_updates, steps=args.batch_size)
         while run.done < args.num_updates and not run.stop:

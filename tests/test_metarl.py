@@ -245,6 +245,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
     assert out.count("Pendulum-v1") == 2 and len(read(tmp_path / "whole" / "eval.csv")) == 4
 
 
+def test_without_noise_an_evaluation_acts_with_the_means_of_the_policy(monkeypatch):
+    setup = toy_setup(monkeypatch, eval_noise=0.0, eval_episodes=3)
+    runner = first_runner(setup)
+    play = fast_jit(lambda params, noise: muesli.collect_rollout(setup, runner._replace(params=params), noise)[1])
+    loud = jax.tree_util.tree_map_with_path(lambda path, x: x + 1 if "log_std" in str(path) else x, runner.params)
+    assert jnp.array_equal(play(runner.params, 0.0).action, play(loud, 0.0).action)
+    assert not jnp.array_equal(play(runner.params, 1.0).action, play(loud, 1.0).action)
+    reward = muesli.evaluate(setup, setup.tasks[0], runner.params, jax.random.PRNGKey(1))
+    assert jnp.array_equal(reward, muesli.evaluate(setup, setup.tasks[0], loud, jax.random.PRNGKey(1)))
+
+
 def test_empty_arrays_are_left_out_of_a_checkpoint_and_come_back(tmp_path):
     state = {"a": jnp.zeros((3, 0)), "b": (jnp.ones(2), None)}
     assert list(common.stored(state)) == ["b.0"]
