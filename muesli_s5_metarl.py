@@ -75,6 +75,7 @@ class Args:
     muesli_target_rate: float = 0.1  # the target network moves by this share to the parameters at each gradient step
     muesli_advantage_decay: float = 0.99  # beta of the moving average of the squared advantage, per rollout
     muesli_support: int = 15  # values and rewards, after the transform, are categorical over -n, ..., n
+    state_std: bool = False  # the policy's standard deviation depends on the state; off: a parameter
     encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
     s5_layers: int = 2  # layers of S5
     s5_width: int = 128  # model width H
@@ -338,14 +339,14 @@ class Agent(nn.Module):
     action_size: int
 
     def setup(self):
-        args, bins = self.args, 2 * self.args.muesli_support + 1
-        widths = (*args.encoder_layers, args.s5_width)
+        args, widths = self.args, (*self.args.encoder_layers, self.args.s5_width)
         self.encoder = nn.Sequential([module for width in widths for module in (nn.Dense(width), nn.relu)])
         self.memory, H = make_memory(args), args.rnn_width if args.arch in ("lstm", "gru") else args.s5_width
         self.latent_norm, self.model_norm = nn.LayerNorm(), nn.LayerNorm()
-        head = partial(nn.Dense, kernel_init=normal(0.001))
+        head, bins = partial(nn.Dense, kernel_init=normal(0.001)), 2 * args.muesli_support + 1
         self.policy_head, self.value_head, self.reward_head = head(self.action_size), head(bins), head(bins)
         self.log_std = self.param("log_std", nn.initializers.constant(math.log(0.7)), (self.action_size,))
+        self.std_head = head(self.action_size) if args.state_std else lambda h: 0.0
         self.model_h, self.model_a, self.model_out = nn.Dense(H), nn.Dense(H, use_bias=False), nn.Dense(H)
 
     def kernels(self) -> list:
@@ -367,9 +368,9 @@ class Agent(nn.Module):
         return carry, self.latent_norm(x)
 
     def policy(self, h: Array) -> Policy:
-        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations in (0.1, 1)."""
-        mean = jnp.tanh(self.policy_head(h))
-        return Policy(mean, jnp.broadcast_to(jnp.maximum(self.log_std, math.log(0.1)), mean.shape))
+        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations of at least 0.1."""
+        mean, log_std = jnp.tanh(self.policy_head(h)), self.log_std + self.std_head(h)
+        return Policy(mean, jnp.broadcast_to(jnp.maximum(log_std, math.log(0.1)), mean.shape))
 
     def value(self, h: Array) -> Array:
         """Logits of the categorical value, (..., bins)."""
@@ -623,8 +624,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
 
 def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[Runner, Rollout]:
     """Act for T steps, in which no meta-episode ends, with noise x the policy's deviation: (runner after, rollout)."""
-    network = setup.network
-    kernels = network.apply(runner.params, method="kernels")
+    network, kernels = setup.network, setup.network.apply(runner.params, method="kernels")
 
     def step(state, key):
         (world, carry), (action_key, env_key) = state, jax.random.split(key)

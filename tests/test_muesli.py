@@ -220,6 +220,23 @@ def test_all_parameters_are_real(arch):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.parametrize("state_std", [False, True])
+def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_to(state_std):
+    network = muesli.Agent(small_args(arch="mlp", state_std=state_std), 2)
+    h = jax.random.normal(jax.random.PRNGKey(1), (7, 16))
+    params = network.init(
+        jax.random.PRNGKey(0), [jnp.zeros((1, 0))], jnp.zeros((1, 1, 5)), jnp.zeros((1, 1)), method="everything"
+    )
+
+    def std(params):
+        return np.exp(network.apply(params, h, method="policy").log_std)
+
+    np.testing.assert_allclose(std(params), np.full((7, 2), 0.7), rtol=0.02)
+    steep = std(jax.tree.map(lambda x: x * 500 if x.ndim == 2 else x, params))  # matrices, not the parameter log_std
+    assert (np.ptp(steep, axis=0) > 0.1).all() == state_std and steep.min() > 0.0999
+    assert std(jax.tree.map(lambda x: x - 5, params)).min() == pytest.approx(0.1)
+
+
 # ---- losses on a rollout ---------------------------------------------------------------------------------------------
 
 
