@@ -64,6 +64,7 @@ class Args:
     gamma: float = 0.99  # discount
     retrace_lambda: float = 0.95  # lambda of Retrace
     vf_coef: float = 0.25  # weight of the value loss
+    ent_coef: float = 0.0  # weight of a bonus on the policy's entropy
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     muesli_pg_coef: float = 1.0  # weight of the policy gradient
     muesli_cmpo_coef: float = 1.0  # weight of the CMPO regulariser
@@ -101,10 +102,10 @@ class Args:
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
-        zero = {"seed", "vf_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
+        zero = {"seed", "vf_coef", "ent_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
         zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval", "eval_noise"}
-        ones: dict[str, float] = dict.fromkeys(("gamma", "retrace_lambda", "muesli_target_rate"), 1)
-        common.check_args(self, zero, ones | {"muesli_advantage_decay": 0.9999})
+        most = {"gamma": 1, "retrace_lambda": 1, "muesli_target_rate": 1, "muesli_advantage_decay": 0.9999}
+        common.check_args(self, zero, most)
         steps, whole = f"--num-steps {self.num_steps}", self.num_minibatches * self.num_devices
         parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
         for wrong, what in (
@@ -569,7 +570,7 @@ def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targ
 def muesli_loss(params: Any, setup: Setup, carry: Any, rollout: Rollout, targets: Targets) -> tuple[Array, dict]:
     """Muesli's loss on whole sequences, replayed from the carry stored at their start.
 
-    L = L_PG + lambda L_CMPO + c_v CE(v(h_t), G_t) + c_m L_model
+    L = L_PG + lambda L_CMPO + c_v CE(v(h_t), G_t) + c_m L_model - c_e H(pi)
     L_PG = -mean min(1, pi / pi_b) (G - v_prior) / sigma log pi(a|s),    the weight min(1, pi / pi_b) constant
     """
     args, apply = setup.args, partial(setup.network.apply, params)
@@ -583,8 +584,8 @@ def muesli_loss(params: Any, setup: Setup, carry: Any, rollout: Rollout, targets
     metrics |= (model := model_loss(apply, args, h, rollout, targets))
     loss = args.muesli_pg_coef * pg_loss + args.muesli_cmpo_coef * metrics["cmpo_loss"]
     loss += args.vf_coef * metrics["value_loss"] + args.muesli_model_coef * sum(model.values())
-    metrics |= {"entropy": policy.entropy().mean(), "ratio_error": jnp.max(jnp.abs(ratio - 1))}
-    return loss, metrics | {"approx_kl": jnp.mean(ratio - 1 - log_prob + rollout.log_prob)}
+    metrics |= {"entropy": policy.entropy().mean(), "approx_kl": jnp.mean(ratio - 1 - log_prob + rollout.log_prob)}
+    return loss - args.ent_coef * metrics["entropy"], metrics | {"ratio_error": jnp.max(jnp.abs(ratio - 1))}
 
 
 # ---- 7. Rollout and update -------------------------------------------------------------------------------------------
@@ -748,8 +749,7 @@ def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> No
     for place, task in enumerate(tasks, start=1):
         axes = figure.add_subplot(*shape, place, title=task, xlabel="part of the meta-episode", ylabel="reward")
         for color, (label, rows) in enumerate(runs.items()):
-            newest = max(int(row["update"]) for row in rows)
-            own = [row for row in rows if row["task"] == task and int(row["update"]) == newest]
+            own = [row for row in rows if (row["task"], int(row["update"])) == (task, int(rows[-1]["update"]))]
             curves = np.array([[float(row[f"reward_{n}"]) for n in range(10)] for row in own]).reshape(-1, 10).T
             names = [label] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
             axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=names[: len(own)])

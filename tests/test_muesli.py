@@ -333,9 +333,15 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_each_of_which_can_be_switched
         own = setup._replace(args=dataclasses.replace(setup.args, **coefficients))
         return fast_jit(lambda params: muesli.muesli_loss(params, own, runner.carry, rollout, targets))(runner.params)
 
-    total, parts = loss(muesli_pg_coef=0.3, muesli_cmpo_coef=0.7, vf_coef=0.2, muesli_model_coef=2.0)
+    total, parts = loss(muesli_pg_coef=0.3, muesli_cmpo_coef=0.7, vf_coef=0.2, muesli_model_coef=2.0, ent_coef=0.1)
     model = sum(value for name, value in parts.items() if name.startswith("model_"))
-    terms = 0.3 * parts["policy_loss"] + 0.7 * parts["cmpo_loss"] + 0.2 * parts["value_loss"] + 2.0 * model
+    terms = (
+        0.3 * parts["policy_loss"]
+        + 0.7 * parts["cmpo_loss"]
+        + 0.2 * parts["value_loss"]
+        + 2.0 * model
+        - 0.1 * parts["entropy"]
+    )
     assert float(total) == pytest.approx(float(terms), abs=1e-4)
     assert float(loss(muesli_pg_coef=0.0, muesli_cmpo_coef=0.0, vf_coef=0.0, muesli_model_coef=0.0)[0]) == 0.0
 
