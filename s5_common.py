@@ -27,6 +27,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 import tyro
 from jax import Array, lax
 from jax.experimental import multihost_utils
@@ -119,8 +120,7 @@ def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
 def _scan(*operands, reverse=False):
     """The recurrence in the form that suits the platform it is lowered for.
     A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on an accelerator
-    every iteration is a kernel launch, so there it is log2(T) parallel passes.
-    """
+    every iteration is a kernel launch, so there it is log2(T) parallel passes."""
     sequential, parallel = partial(_scan_sequential, reverse), partial(_scan_parallel, reverse)
     return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
 
@@ -266,9 +266,7 @@ def run_main(main: Callable[[], int]) -> int:
 
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """The command line as an ``args_class``: a preset's values, then the explicit flags, which win.
-
-    With --resume or --eval that run's flags come first; contradicting them, eval_ flags excepted, raises UsageError.
-    """
+    With --resume or --eval that run's flags come first; UsageError where a flag, eval_ ones excepted, contradicts."""
 
     def parse(default):
         output = io.StringIO()
@@ -341,8 +339,7 @@ class RunDirectory:
     """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress line.
 
     A resumed run's metrics.csv equals that of a run that never stopped. Of a distributed run the first process logs.
-    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second one stops at once.
-    """
+    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second stops at once."""
 
     def __init__(self, args: Any, env: str, script: str):
         stamp = f"{env}__{script}__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -390,8 +387,7 @@ class RunDirectory:
         self.checkpoints.save(self.done, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> Any:
-        """The newest checkpoint's state, or ``like``, whose shapes it has, where none is: a new run. Starts the clock.
-        Raises UsageError."""
+        """The newest checkpoint's state; in a new run ``like``, of its shapes. Starts the clock. Raises UsageError."""
         update, self.began = self.checkpoints.latest_step(), time.perf_counter()
         if update is None:
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
@@ -400,13 +396,18 @@ class RunDirectory:
                 self.save(like)
             return like
         target = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in stored(like).items()}
-        try:
+        state = (self.path / f"checkpoints/{update}/state").resolve()
+        try:  # orbax reads all at once, and where several fail litters stderr with tracebacks; so one by one first
+            _ = [json.loads(file.read_text()) for file in state.glob("array_metadatas/*")]
+            files = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}).result()
+            for name in files.list().result():
+                files.read(name).result()
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
             found = self.checkpoints.restore(update, args=items)
         except Exception as error:  # orbax raises many kinds
             raise UsageError(f"{self.path}: checkpoint {update} is damaged or misplaced ({error!s:.200})") from None
         for name, value in self.args.items():
-            if (then := found.about["args"].get(name)) != value and not name.startswith("eval"):
+            if (then := found.about["args"].get(name, value)) != value and not name.startswith("eval"):
                 raise UsageError(f"{self.path}: its checkpoint was made with {name} {then}, its args.json says {value}")
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.csv").open(newline="") as file:
             self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
@@ -422,8 +423,7 @@ class RunDirectory:
 
     def update(self, state: Any, metrics: dict[str, Any]) -> None:
         """An update is done: log its metrics, arrays (S,), show progress, and save when due, at the end and on a stop.
-        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before that.
-        """
+        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before it."""
         metrics, self.done, now = jax.tree.map(np.asarray, metrics), self.done + 1, time.perf_counter()
         steps, last = self.steps * len(self.seeds), self.done == self.updates
         self.counted_from = now if self.done == self.first else self.counted_from  # without compilation, first update
