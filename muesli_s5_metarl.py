@@ -369,9 +369,9 @@ class Agent(nn.Module):
         return carry, self.latent_norm(x)
 
     def policy(self, h: Array) -> Policy:
-        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations of at least 0.1."""
+        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations in [0.1, 1]."""
         mean, log_std = jnp.tanh(self.policy_head(h)), self.log_std + self.std_head(h)
-        return Policy(mean, jnp.broadcast_to(jnp.maximum(log_std, math.log(0.1)), mean.shape))
+        return Policy(mean, jnp.broadcast_to(jnp.clip(log_std, math.log(0.1), 0.0), mean.shape))
 
     def value(self, h: Array) -> Array:
         """Logits of the categorical value, (..., bins)."""

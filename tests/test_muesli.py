@@ -233,8 +233,10 @@ def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_
 
     np.testing.assert_allclose(std(params), np.full((7, 2), 0.7), rtol=0.02)
     steep = std(jax.tree.map(lambda x: x * 500 if x.ndim == 2 else x, params))  # matrices, not the parameter log_std
-    assert (np.ptp(steep, axis=0) > 0.1).all() == state_std and steep.min() > 0.0999
+    assert (np.ptp(steep, axis=0) > 0.1).all() == state_std
+    assert steep.min() > 0.0999 and steep.max() < 1.0001
     assert std(jax.tree.map(lambda x: x - 5, params)).min() == pytest.approx(0.1)
+    assert std(jax.tree.map(lambda x: x + 5, params)).max() == pytest.approx(1.0)
 
 
 # ---- losses on a rollout ---------------------------------------------------------------------------------------------
