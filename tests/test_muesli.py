@@ -221,15 +221,12 @@ def test_all_parameters_are_real(arch):
 
 
 @pytest.mark.parametrize("state_std", [False, True])
-def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_to(state_std):
-    network = muesli.Agent(small_args(arch="mlp", state_std=state_std), 2)
-    h = jax.random.normal(jax.random.PRNGKey(1), (7, 16))
-    params = network.init(
-        jax.random.PRNGKey(0), [jnp.zeros((1, 0))], jnp.zeros((1, 1, 5)), jnp.zeros((1, 1)), method="everything"
-    )
+def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_to(state_std, monkeypatch):
+    setup = toy_setup(monkeypatch, arch="mlp", state_std=state_std)
+    params, h = first_runner(setup).params, jax.random.normal(jax.random.PRNGKey(1), (7, 16))
 
     def std(params):
-        return np.exp(network.apply(params, h, method="policy").log_std)
+        return np.exp(setup.network.apply(params, h, method="policy").log_std)
 
     np.testing.assert_allclose(std(params), np.full((7, 2), 0.7), rtol=0.02)
     steep = std(jax.tree.map(lambda x: x * 500 if x.ndim == 2 else x, params))  # matrices, not the parameter log_std
