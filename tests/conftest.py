@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ppo_s5_popgym.py"
 ARCHS = ("s5", "s5-noreset", "gru", "attention", "mlp")
 RESETTING = ("s5", "gru", "attention")  # those with a memory that an episode's start empties
+QUICK = "--xla_backend_optimization_level=0"  # LLVM's optimiser off: most of a tiny run is compilation
+TWO_DEVICES = f"{QUICK} --xla_force_host_platform_device_count=2"
 TINY: dict[str, Any] = {
     "env": "RepeatPreviousEasy",
     "num_envs": 8,
@@ -59,8 +61,8 @@ def tiny_flags(**flags: Any) -> list[str]:
 
 
 def start_script(*flags: Any, cwd: Path, program: tuple[str, ...] = (str(SCRIPT),), **variables: str):
-    """The script in a process of its own. LLVM's optimiser is off: most of a tiny run is compilation."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | variables
+    """The script in a process of its own."""
+    environment = os.environ | {"XLA_FLAGS": QUICK} | variables
     words = [sys.executable, *program, *map(str, flags)]
     return subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

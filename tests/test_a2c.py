@@ -13,7 +13,7 @@ import pytest
 from bsuite.environments import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
 from bsuite.experiments import summary_analysis
 from bsuite.logging import csv_load
-from conftest import ROOT, as_flags, assert_refused, fast_jit, finish, start_script
+from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, start_script
 
 import a2c_s5_bsuite as a2c
 import s5_common as common
@@ -31,8 +31,8 @@ def small_args(**flags):
     return args
 
 
-def run_script(*flags, cwd):
-    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),))
+def run_script(*flags, cwd, **variables):
+    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),), **variables)
 
 
 # ---------------------------------------------------------------- environments
@@ -300,9 +300,7 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
 def test_two_devices_give_the_metrics_of_one(tmp_path):
     flags = as_flags(**SMALL | {"num_episodes": 80, "memory_length": 12, "num_steps": 5})
     finish(run_script(*flags, "--run-dir", "one", cwd=tmp_path))
-    two = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
-    program = {"program": (str(SCRIPT),), "XLA_FLAGS": two}
-    finish(start_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, **program))
+    finish(run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
     for ours, theirs in zip(
         read(tmp_path / "two" / "metrics.csv"), read(tmp_path / "one" / "metrics.csv"), strict=True
     ):

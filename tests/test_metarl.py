@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, as_flags, assert_refused, fast_jit, finish, start_script
+from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, start_script
 from test_muesli import SMALL, first_runner, small_args, toy_setup, walk_step, walk_task
 
 import control_tasks
@@ -21,8 +21,8 @@ TINY = SMALL | {"eval_episodes": 2, "checkpoint_interval": 1, "total_timesteps":
 PENDULUM = {"suite": "gymnax", "tasks": "Pendulum-v1", "projection": False}
 
 
-def run_script(*flags, cwd):
-    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),))
+def run_script(*flags, cwd, **variables):
+    return start_script(*flags, cwd=cwd, program=(str(SCRIPT),), **variables)
 
 
 # ---- meta-episodes ---------------------------------------------------------------------------------------------------
@@ -243,6 +243,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     out, _ = finish(run_script("--eval", "whole", "--eval-episodes", "3", cwd=tmp_path))
     assert out.count("Pendulum-v1") == 2 and len(read(tmp_path / "whole" / "eval.csv")) == 4
+
+
+def test_two_devices_give_the_metrics_and_the_evaluation_of_one(tmp_path):
+    flags = as_flags(**TINY | PENDULUM | {"total_timesteps": 80 * 6, "num_seeds": 2})
+    one = run_script(*flags, "--run-dir", "one", cwd=tmp_path)
+    two = run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES)
+    for process in (one, two):
+        finish(process)
+    for name in ("metrics.csv", "evaluation.csv"):
+        for ours, theirs in zip(read(tmp_path / "two" / name), read(tmp_path / "one" / name), strict=True):
+            for column in ours.keys() - {"task", "split"}:
+                if ours[column] or theirs[column]:
+                    assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-3, abs=1e-4), column
 
 
 def test_without_noise_an_evaluation_acts_with_the_means_of_the_policy(monkeypatch):

@@ -7,16 +7,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, as_flags, finish, start_script
+from conftest import QUICK, ROOT, as_flags, finish, start_script
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 NETWORK = {"num_envs": 8, "num_steps": 16, "encoder_layers": (16,), "s5_layers": 1, "s5_width": 16, "s5_state": 8}
 NETWORK |= {"num_seeds": 1, "num_devices": 1, "checkpoint_interval": 1}
 PPO = {"total_timesteps": 128, "num_minibatches": 2, "update_epochs": 1, "decoder_layers": (16,)}
+MUESLI = {"total_timesteps": 128, "num_minibatches": 2, "meta_steps": 32, "eval_episodes": 2}
+MUESLI |= {"eval_tasks": "CartpoleBalance"}  # each task takes long to compile
 SMALL = {
     "ppo_s5_popgym.py": NETWORK | PPO,
     "a2c_s5_bsuite.py": NETWORK | {"num_episodes": 16, "memory_length": 4},
+    "muesli_s5_metarl.py": NETWORK | MUESLI,
 }
 BENCHMARKS = {"popgym_runs.py": ["--seeds", "0", "--out", "out", "--", *as_flags(**SMALL["ppo_s5_popgym.py"])]}
 
@@ -84,8 +87,9 @@ def test_command_of_the_readme_runs(command, trained, tmp_path):
     if script not in SMALL:
         (tmp_path / "results").mkdir()
         words = [sys.executable, str(ROOT / script), *flags, *BENCHMARKS.get(script.split("/")[1], ["--quick"])]
-        quick = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        done = subprocess.run(words, cwd=tmp_path, env=quick, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=os.environ | {"XLA_FLAGS": QUICK}, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         return
     for name in ("--resume", "--eval"):

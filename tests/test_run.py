@@ -16,7 +16,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, as_flags, finish, start_script, tiny_args, tiny_flags
+from conftest import ROOT, TWO_DEVICES, as_flags, finish, start_script, tiny_args, tiny_flags
 
 import ppo_s5_popgym as ppo
 import s5_common as common
@@ -511,9 +511,6 @@ def test_a_run_killed_before_its_directory_was_complete_can_be_started_again(tmp
 
 
 # ---- several devices, several processes ------------------------------------------------------------------------------
-
-
-TWO_DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 
 
 def assert_same_metrics(run, reference):
