@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "s5_state": 8,
     "attention_window": 8,
     "total_timesteps": 7680,  # 60 updates
-    "checkpoint_interval": 1,
+    "checkpoint_interval": 10,
     "eval_episodes": 8,
 }
 

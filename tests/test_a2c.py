@@ -22,7 +22,7 @@ from benchmarks.collect import keep_rows
 
 SCRIPT = ROOT / "a2c_s5_bsuite.py"
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "num_envs": 4, "memory_length": 6, "num_episodes": 400}
-SMALL |= {"num_rows": 20, "checkpoint_interval": 1, "eval_episodes": 8}
+SMALL |= {"num_rows": 20, "checkpoint_interval": 5, "eval_episodes": 8}
 
 
 def small_args(**flags):

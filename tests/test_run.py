@@ -161,7 +161,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(finished, tmp_pat
         lambda: row_count(run) >= 3,
         lambda: row_count(run) >= 20,
     ]
-    flags = tiny_flags(run_dir=run)
+    flags = tiny_flags(run_dir=run, checkpoint_interval=1)
     for moment in moments:
         process = run_until(moment, *flags, cwd=tmp_path)
         process.kill()
@@ -333,7 +333,7 @@ def json_args(run):
 def test_a_loss_that_is_not_finite_stops_with_1_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     """Far too large a step; nothing that is not finite reaches the metrics or a checkpoint."""
     run = tmp_path / "run"
-    flags = tiny_flags(run_dir=run, learning_rate=1e12, arch="gru", anneal_lr=False)
+    flags = tiny_flags(run_dir=run, learning_rate=1e12, arch="gru", anneal_lr=False, checkpoint_interval=1)
     code, _, err = in_process(monkeypatch, capsys, *flags)
     assert code == 1 and err.count("\n") == 1
     stopped_at = int(re.search(r"not finite at update (\d+), seed 0", err)[1])
@@ -524,11 +524,7 @@ def assert_same_metrics(run, reference):
 
 
 def test_two_devices_give_the_metrics_of_one(finished, tmp_path):
-    finish(
-        start_script(
-            *tiny_flags(run_dir="two", num_devices=2, checkpoint_interval=5), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES
-        )
-    )
+    finish(start_script(*tiny_flags(run_dir="two", num_devices=2), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
     assert_same_metrics(tmp_path / "two", finished[0] / "first")
     finish(start_script("--eval", "two", cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
 
@@ -555,7 +551,7 @@ def test_two_processes_give_the_metrics_of_one_and_one_of_them_writes(finished, 
     for index in range(2):
         cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
         program = {"program": ("-c", LATE)} if index == 1 else {}
-        flags = tiny_flags(run_dir="two", num_devices=2, distributed=True, checkpoint_interval=5)
+        flags = tiny_flags(run_dir="two", num_devices=2, distributed=True)
         processes.append(start_script(*flags, cwd=tmp_path, JAX_PROCESS_ID=str(index), **program, **cluster))
     try:
         for process in processes:
