@@ -241,7 +241,8 @@ def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_
 
 @pytest.fixture(scope="module")
 def learnt():
-    """A setup, the runner before its third rollout, that rollout and its targets; trials end within it."""
+    """A setup, the runner before its third rollout, that rollout, its targets, and the observations after it; trials
+    end within it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         setup = toy_setup(monkeypatch)
     runner = first_runner(setup)
@@ -254,9 +255,53 @@ def learnt():
         runner = runner._replace(world=muesli.open_meta_episodes(setup, jax.random.PRNGKey(5), runner.world))
         later, rollout = muesli.collect_rollout(setup, runner)
         found = muesli.muesli_targets(setup, runner, rollout, later.world.obs, jax.random.PRNGKey(6))
-        return runner, rollout, *found[:2]
+        return runner, rollout, found[0], later.world.obs
 
     return setup, *targets(runner)
+
+
+@pytest.mark.parametrize("retrace_q", [False, True])
+def test_the_targets_are_those_of_a_plain_loop(learnt, retrace_q):
+    """All are the target network's, which steps through the rollout from a carry of its own and sees what follows."""
+    setup, runner, rollout, _, last_obs = learnt
+    args = dataclasses.replace(setup.args, muesli_retrace_q=retrace_q)
+    targets = fast_jit(muesli.muesli_targets, setup._replace(args=args))
+    found, after, (square, count), _ = targets(runner, rollout, last_obs, jax.random.PRNGKey(7))
+
+    def call(method):
+        return fast_jit(partial(setup.network.apply, runner.target_params, method=method))
+
+    step, head, model, kernels = call("step"), call("value"), call("model"), call("kernels")()
+    carry, latents = runner.target_carry, []
+    for obs, start in zip(rollout.obs, rollout.start, strict=True):
+        carry, h = step(kernels, carry, obs, start)
+        latents.append(h)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), after, carry)
+    h = jnp.stack(latents)
+    _, last = step(kernels, carry, last_obs, jnp.zeros(len(last_obs)))
+    value = muesli.expected(head(jnp.concatenate([h, last[None]])))
+
+    def q(h, action):
+        h, reward = model(h, action)
+        return muesli.expected(reward) + args.gamma * muesli.expected(head(h))
+
+    prior, state_value = call("policy")(h), value[:-1]
+    ratio = jnp.exp(prior.log_prob(rollout.action) - rollout.log_prob)
+    assert np.ptp(ratio) > 1e-3  # the prior is not the policy that acted
+    G = muesli.retrace(args, rollout, value, q(h, rollout.action) if retrace_q else state_value, ratio)
+    np.testing.assert_allclose(found.returns, G, atol=1e-4)
+
+    earlier, count_before = runner.advantage_square
+    assert count_before == 2 and count == 3
+    expected_square = 0.99 * earlier + 0.01 * np.mean((G - state_value) ** 2)
+    assert float(square) == pytest.approx(float(expected_square), rel=1e-4)
+    sigma = np.sqrt(expected_square / (1 - 0.99**3))
+    np.testing.assert_allclose(found.advantages, (G - state_value) / sigma, atol=1e-3)
+
+    noise = (found.actions - prior.mean[:, :, None]) / np.exp(prior.log_std)[:, :, None]
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1  # 640 of them
+    advantages = (q(h[:, :, None], found.actions) - state_value[..., None]) / sigma
+    np.testing.assert_allclose(found.weights, muesli.cmpo_weights(args, advantages), atol=1e-3)
 
 
 def test_replay_of_a_rollout_gives_the_log_probs_that_were_acted_with(learnt):
