@@ -3,9 +3,9 @@
 Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.4, with
 the learner of Hessel et al. 2021, "Muesli: Combining Improvements in Policy Optimization", for continuous actions.
 
-    python muesli_s5_metarl.py                                # six DeepMind Control tasks at once
-    python muesli_s5_metarl.py --tasks CartpoleSwingup        # one task, minutes on 2 CPU cores
-    python muesli_s5_metarl.py --preset paper                 # the paper's table, for large accelerators
+    python muesli_s5_metarl.py                                               # six DeepMind Control tasks at once
+    python muesli_s5_metarl.py --tasks CartpoleSwingup --learning-rate 4e-3  # one task, minutes on 2 CPU cores
+    python muesli_s5_metarl.py --preset paper                                # the paper's table, for accelerators
 
 Shapes: T time, B environments ("slots"), O observation features, A action dimensions, F features of the agent's input,
 H model width, P complex states of an S5 layer, K model unroll, N sampled actions, S seeds; time comes first, (T, B,
