@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import secrets
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +38,7 @@ import tensorstore as ts
 import tyro
 from jax import Array, lax
 from jax.experimental import multihost_utils
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -222,20 +230,26 @@ class Attention(Memory):
         self.norms = [nn.LayerNorm() for _ in range(2 * self.layers)]
 
     def initial_carry(self, batch: int) -> tuple:
-        empty = jnp.zeros((batch, self.window, self.width))
+        empty = jnp.zeros((batch, self.window, self.width), jnp.float32)
         return ((empty, empty),) * self.layers, jnp.zeros(batch, jnp.int32)
 
     def rotate(self, x: Array, position: Array) -> Array:
         """x (B, L, H) split in heads (B, L, heads, .), its feature pairs turned in proportion to position (L,)."""
         a, b = jnp.split(x.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
         pairs = a.shape[-1]
-        cos, sin = (f(position[:, None, None] * 10_000.0 ** (-jnp.arange(pairs) / pairs)) for f in (jnp.cos, jnp.sin))
+        frequency = 10_000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+        angle = position[:, None, None] * frequency
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
         x, start = jnp.swapaxes(x, 0, 1), jnp.swapaxes(start, 0, 1)  # (B, T, H), (B, T)
-        (old_cache, length), B, T, W = carry, *start.shape, self.window
-        line, time, cache = jnp.arange(W + T), jnp.arange(W, W + T), []  # the time line: the cache, then the sequence
+        old_cache, length = carry
+        B, T = start.shape
+        W = self.window
+        line = jnp.arange(W + T, dtype=jnp.int32)  # the time line: the cache, then the sequence
+        time = line[W:]
+        cache = []
         opened = lax.cummax(jnp.where(start > 0, time, W - length[:, None]), axis=1)  # where its episode began
         age = time[:, None] - line
         mask = (age >= 0) & (age < W) & (line >= opened[..., None])  # (B, T, W + T)
@@ -250,66 +264,178 @@ class Attention(Memory):
         return (tuple(cache), jnp.minimum(W + T - opened[:, -1], W)), jnp.swapaxes(x, 0, 1)
 
 
-# ---- 3. Run plumbing ------------------------------------------------------------------------------------------------
+# ---- 3. Arguments and errors ----------------------------------------------------------------------------------------
 class UsageError(ValueError):
     """Bad input. The message names the flag, its value and what is allowed."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, as on a full disk. What it saved before stays."""
+
+
 def run_main(main: Callable[[], int]) -> int:
-    """Exit code of a script's ``main``; bad input is one line on stderr and 2."""
+    """Exit code of a script's ``main``. Bad input is one line on stderr and 2, a run that cannot go on 1."""
     try:
-        return main()
-    except (UsageError, OSError, FloatingPointError) as error:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has gone, as head does: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (UsageError, RunError, FloatingPointError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, (RunError, FloatingPointError)) else 2
+
+
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def parse_command_line(args_class: type, default: Any, argv: Sequence[str] | None) -> Any:
+    """The command line over these default values, by tyro; its boxed complaints as one UsageError."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(args_class, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
+    raise UsageError(" ".join(lines).split("For full helptext")[0])
 
 
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """The command line as an ``args_class``: a preset's values, then the explicit flags, which win.
-    With --resume or --eval that run's flags come first; UsageError where a flag, eval_ ones excepted, contradicts."""
 
-    def parse(default):
-        output = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(output):
-                return tyro.cli(args_class, args=argv, default=default)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
-            raise UsageError(" ".join(lines).split("For full helptext")[0]) from None
+    With --resume or --eval that run's flags come first; UsageError where a flag contradicts them, but for those of
+    evaluation and those that say where it runs: the number of devices and processes is not part of what a run is.
+    """
+    first = parse_command_line(args_class, args_class(), argv)
+    run_dir = first.resume or first.eval
+    if not run_dir:
+        args = parse_command_line(args_class, args_class(**presets[first.preset]), argv)
+        args.check()
+        if args.run_dir and not args.distributed and not getattr(args, "sweep", ""):
+            check_new_directory(Path(args.run_dir))
+        return args
 
-    first = parse(args_class())
-    if not (run_dir := first.resume or first.eval):
-        args = parse(args_class(**presets[first.preset]))
-    else:
-        try:
-            stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-            default = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
-        args = parse(default)
-        for name, then in vars(default).items():
-            if (now := getattr(args, name)) != then and name != "resume" and not name.startswith("eval"):
-                raise UsageError(f"--{name.replace('_', '-')} {now}: the run in {run_dir} was made with {then}")
+    stored = read_args(args_class, run_dir)
+    not_given = 0
+    args = parse_command_line(args_class, replace(stored, num_devices=not_given, distributed=False), argv)
+    if first.num_devices < 1:
+        raise UsageError(f"--num-devices {first.num_devices}: must be above 0 and at most 1e+12")
+    if args.num_devices == not_given:
+        args = replace(args, num_devices=stored.num_devices)
+        while not args.distributed and args.num_devices > 1 and not runs_here(args):
+            args = replace(args, num_devices=args.num_devices - 1)
+    for name, then in vars(stored).items():
+        now = getattr(args, name)
+        may_differ = name in WHERE_IT_RUNS or name == "resume" or name.startswith("eval")
+        if now != then and not may_differ:
+            raise UsageError(f"--{name.replace('_', '-')} {now}: the run in {run_dir} was made with {then}")
     args.check()
     return args
 
 
-def check_args(args: Any, zero: Collection[str], at_most: dict[str, float]) -> None:
-    """UsageError for a number that is not above 0 (or is not 0, where ``zero`` has it) or is above its ``at_most``."""
+WHERE_IT_RUNS = ("num_devices", "distributed")
+
+
+def runs_here(args: Any) -> bool:
+    """Whether this machine has that many devices, and the environments can be spread over them."""
+    if args.num_devices > jax.device_count():
+        return False
+    try:
+        args.check()
+    except UsageError:
+        return False
+    return True
+
+
+def read_args(args_class: type, run_dir: str) -> Any:
+    """The flags that a run was begun with. Raises UsageError."""
+    try:
+        stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        return args_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
+
+
+def check_args(
+    args: Any,
+    zero: Collection[str] = (),
+    at_least: Mapping[str, float] = MappingProxyType({}),
+    at_most: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """UsageError for a number that is not above 0, or is outside of the bounds that it has instead.
+
+    zero: names of those that may be 0; at_least and at_most: other bounds, by name.
+    """
+    # one feature, normalised by itself, is always 0; one episode has no standard error
+    at_least = {"s5_width": 2, "rnn_width": 2, "eval_episodes": 2} | dict(at_least)
     for name, value in vars(args).items():
-        low, high = 0 if name in zero else 1e-12, at_most.get(name, 2**31 - 1 if name == "seed" else 1e12)
+        low = at_least.get(name, 0 if name in zero else 1e-12)
+        high = at_most.get(name, 2**31 - 1 if name == "seed" else 1e12)
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float) and not low <= number <= high:
-                bound = f"{'above' if low else 'at least'} 0 and at most {high:g}"
-                raise UsageError(f"--{name.replace('_', '-')} {number}: must be {bound}")
+                bound = "above 0" if low == 1e-12 else f"at least {low:g}"
+                raise UsageError(f"--{name.replace('_', '-')} {number}: must be {bound} and at most {high:g}")
     if args.s5_dt_min > args.s5_dt_max:
         raise UsageError(f"--s5-dt-min {args.s5_dt_min}: must be at most --s5-dt-max {args.s5_dt_max}")
     if args.arch == "attention" and args.s5_width % 8:
         raise UsageError(f"--s5-width {args.s5_width}: must be a multiple of 8 with --arch attention")
     if args.distributed and not (args.run_dir or args.resume or args.eval):
         raise UsageError("--distributed True: needs a --run-dir that all processes share")
+    if args.track and not args.eval and not find_spec("wandb"):
+        raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
+
+
+def check_new_directory(path: Path) -> None:
+    """UsageError if a run cannot make this directory: a name too long, one that exists, a place not to be written."""
+    if any(len(os.fsencode(part)) > 240 for part in path.parts) or len(os.fsencode(path.absolute())) > 3000:
+        raise UsageError(f"--run-dir {path}: is too long a name; choose a shorter one")
+    if path.exists():
+        raise UsageError(f"--run-dir {path}: exists; go on with --resume {path} or choose another")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UsageError(f"--run-dir {path}: is in a file, {parent}; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--run-dir {path}: {parent} is not writable; choose another")
+
+
+# ---- 4. Compilation and placement -----------------------------------------------------------------------------------
+def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callable:
+    """``jax.jit(function, **options)``, compiled for these arguments; as it is where JAX_DISABLE_JIT asks for that."""
+    jitted = jax.jit(function, **options)
+    jit_is_off = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return jitted if jit_is_off else jitted.lower(*arguments).compile()
+
+
+def linear_decay(start: float, steps: int) -> Callable[[Array], Array]:
+    """A schedule for optax that falls from start to 0 over this many gradient steps.
+
+    optax.linear_schedule compares the count, int32, with the number of steps, which may be too large for that.
+    """
+    return lambda count: start * jnp.maximum(0.0, 1.0 - count.astype(jnp.float32) / float(steps))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def bounded(x: Array, low: float, high: float) -> Array:
+    """x within [low, high], for parameters and outputs that learn: the gradient can lead back from outside.
+
+    A clip has no gradient out there, so that a value which momentum carries over the edge stays where it is for the
+    rest of the run. Here dL/dx = dL/dy, but 0 at and beyond a bound if descent would lead further out.
+    """
+    return jnp.clip(x, low, high)
+
+
+def _bounded_backward(low, high, x, gradient):
+    further_out = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
+    return (jnp.where(further_out, 0.0, gradient),)
+
+
+bounded.defvjp(lambda x, low, high: (bounded(x, low, high), x), _bounded_backward)
 
 
 def join_cluster() -> None:
@@ -321,12 +447,136 @@ def join_cluster() -> None:
 
 def provenance() -> dict[str, Any]:
     """What a run is made with: git commit, device, package versions."""
-    git, packages = "", ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "orbax-checkpoint")
+    git = ""
     with contextlib.suppress(OSError):
         command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    return {"git_commit": git, "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}
+    packages = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "orbax-checkpoint")
+    return {
+        "git_commit": git,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+    }
+
+
+# ---- 5. A run on disk -----------------------------------------------------------------------------------------------
+class Mean(NamedTuple):
+    """A metric that is total / number, and an empty field of metrics.csv where number is 0."""
+
+    total: Array
+    number: Array
+
+
+@contextlib.contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """Whatever stops the writing of a file, such as a full disk, as one RunError that also says what is kept."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise RunError(f"{path} could not be written ({shortened(error)}); {kept}") from None
+
+
+def shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def read_rows(
+    table: Path, columns: Sequence[str], update: int, text: Collection[str] = ()
+) -> tuple[list[dict[str, str]], int]:
+    """The whole rows of a CSV table up to an update, and how many lines before its end are damaged.
+
+    A row is whole if its line ends, and if it has a field for each of the columns: a number or nothing, or anything
+    in those that are ``text``. The header's place is the first line; a damaged header counts as a damaged line.
+    """
+    if not table.exists():
+        return [], 0
+    header, *lines = table.read_bytes().decode(errors="replace").split("\n")
+    unfinished = lines.pop() if lines else ""  # what follows the last line end
+    damaged = (header.rstrip("\r") != ",".join(columns)) + bool(unfinished)
+    rows = []
+    for line in lines:
+        fields = line.removesuffix("\r").split(",")
+        row = dict(zip(columns, fields, strict=False))
+        if len(fields) != len(columns) or not is_whole(row, text):
+            damaged += 1
+        elif int(row["update"]) <= update:
+            rows.append(row)
+    return rows, damaged
+
+
+def is_whole(row: dict[str, str], text: Collection[str]) -> bool:
+    """Whether all fields of a row can be read."""
+    try:
+        int(row["update"])
+        _ = [float(field) for name, field in row.items() if field and name not in text]
+    except ValueError:
+        return False
+    return all(field.isprintable() and "\ufffd" not in field for field in row.values())
+
+
+class Checkpoints:
+    """RUN/checkpoints, by orbax: the newest two, of which the older one is for the case that the newer is damaged.
+
+    A checkpoint has the arrays of the state by name, and ``about``: the flags, what the run has measured so far, and a
+    digest of all arrays, as orbax does not notice every flipped bit. It counts only once it is whole.
+    """
+
+    def __init__(self, path: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
+        self.path = path
+        self.manager = ocp.CheckpointManager(path.resolve(), options=options)
+
+    def updates(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def save(self, update: int, state: Any, about: dict[str, Any]) -> None:
+        """Raises RunError; the checkpoints from before are kept."""
+        arrays = stored(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            about=ocp.args.JsonSave(about | {"sha256": digest(arrays)}),
+        )
+        with writing(self.path / str(update), kept=f"checkpoints {self.updates()} are kept"):
+            self.manager.save(update, args=items)
+
+    def read(self, update: int, like: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The arrays, spread over devices like those of ``like``, and ``about``. Raises UsageError if damaged."""
+        where = f"{self.path.parent}: checkpoint {update}"
+        try:
+            arrays, about = self.read_unchecked(update, like)
+        except Exception as error:  # orbax raises many kinds
+            raise UsageError(f"{where} is damaged or misplaced ({shortened(error)})") from None
+        if about.pop("sha256", None) != digest(arrays):
+            raise UsageError(f"{where} is damaged (its arrays are not those that were saved)")
+        return arrays, about
+
+    def read_unchecked(self, update: int, like: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+        """As orbax finds them. It reads all files at once, and where several fail it litters stderr with tracebacks;
+        so they are read one by one first."""
+        folder = (self.path / str(update) / "state").resolve()
+        for file in folder.glob("array_metadatas/*"):
+            json.loads(file.read_text())
+        files = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+        for name in files.list().result():
+            files.read(name).result()
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in stored(like).items()}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
+        found = self.manager.restore(update, args=items)
+        return found.state, dict(found.about)
+
+    def read_newest(self, like: Any) -> tuple[int, dict[str, Array], dict[str, Any]]:
+        """Update, arrays and ``about``. Raises UsageError, which offers the older checkpoint if that one is whole."""
+        *older, newest = self.updates()
+        try:
+            return newest, *self.read(newest, like)
+        except UsageError as error:
+            problem = error
+        for update in reversed(older):
+            with contextlib.suppress(UsageError):
+                self.read(update, like)
+                offer = f"remove {self.path / str(newest)} to go on from checkpoint {update}, which is whole"
+                raise UsageError(f"{problem}; {offer}")
+        raise problem
 
 
 def stored(state: Any) -> dict[str, Array]:
@@ -335,37 +585,156 @@ def stored(state: Any) -> dict[str, Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in named if x.size}
 
 
-class RunDirectory:
-    """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress line.
+def digest(arrays: dict[str, Array]) -> str:
+    """SHA-256 of arrays: names, types, shapes and every bit; on all processes the same."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        x = arrays[name]
+        whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        found.update(f"{name} {x.dtype} {x.shape}".encode())
+        found.update(np.ascontiguousarray(whole).tobytes())
+    return found.hexdigest()
 
-    A resumed run's metrics.csv equals that of a run that never stopped. Of a distributed run the first process logs.
-    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second stops at once."""
+
+class MetricsLog:
+    """RUN/metrics.csv, a row for each update and seed, and the same as TensorBoard events.
+
+    A resumed run's table equals that of a run which never stopped. Only a run's first process writes.
+    best and last: the largest and the newest mean return so far, by seed.
+    """
+
+    def __init__(self, path: Path, writes: bool):
+        self.path = path
+        self.table = path / "metrics.csv"
+        self.writes = writes
+        self.columns: list[str] = []
+        self.kept: list[dict[str, str]] = []  # rows from before the restored checkpoint, until they are written
+        self.best: dict[int, float] = {}
+        self.last: dict[int, float] = {}
+
+    def resume(self, columns: Sequence[str], update: int, seeds: Sequence[int]) -> None:
+        """Take over the rows up to an update, and say it where some of them are missing."""
+        self.columns = list(columns)
+        rows, _ = read_rows(self.table, columns, update)
+        found = {(int(row["update"]), int(row["seed"])): row for row in rows}
+        due = [(number, seed) for number in range(1, update + 1) for seed in seeds]
+        self.kept = [found[place] for place in due if place in found]
+        missing = [place[0] for place in due if place not in found]
+        if missing and self.writes:
+            span = f"updates {missing[0]} to {missing[-1]}"
+            count = f"{len(missing)} of {len(due)} rows, of {span}, are damaged or missing"
+            warn(f"{self.table}: {count}; the run goes on without them")
+        for row in self.kept:
+            self.remember(int(row["seed"]), row.get("return_mean"))
+
+    def remember(self, seed: int, mean_return: Any) -> None:
+        if mean_return not in (None, ""):
+            self.last[seed] = float(mean_return)
+            self.best[seed] = max(float(mean_return), self.best.get(seed, -math.inf))
+
+    def add(self, row: dict[str, Any], steps_per_second: float | None) -> None:
+        """Append a row. Raises FloatingPointError if a loss or the gradient in it is not finite, and RunError."""
+        for name, value in row.items():
+            if (name.endswith("_loss") or name == "grad_norm") and not math.isfinite(value):
+                where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
+                raise FloatingPointError(f"{name} is not finite at {where}")
+        self.remember(row["seed"], row.get("return_mean"))
+        if not self.writes:
+            return
+        with writing(self.table, kept=f"the newest checkpoint in {self.path} is kept"):
+            if not hasattr(self, "file"):
+                self.open(row)
+            self.rows.writerow(row)
+            self.file.flush()
+            for name, value in (row | {"steps_per_second": steps_per_second}).items():
+                if value is not None and math.isfinite(value):
+                    self.events.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
+
+    def open(self, row: dict[str, Any]) -> None:
+        """A new table that begins with the rows from before the restored checkpoint takes the place of the old one."""
+        self.columns = list(row)
+        self.file = (self.path / "metrics.tmp").open("w", newline="")
+        self.rows = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+        self.rows.writeheader()
+        self.rows.writerows(self.kept)
+        Path(self.file.name).replace(self.table)
+        self.events = SummaryWriter(str(self.path), purge_step=row["update"] if self.kept else None)
+        self.kept = []
+
+
+class Progress:
+    """A bar on a terminal, and elsewhere a plain line every few seconds. Counts the steps of all seeds."""
+
+    def __init__(self, done: int, updates: int, steps: int):
+        self.first = done + 1
+        self.updates = updates
+        self.steps = steps  # of an update
+        self.steps_per_second: float | None = None  # without compilation and the first update
+        self.printed = 0.0
+        self.bar = tqdm(initial=done, total=updates, unit=" updates", disable=not sys.stderr.isatty())
+
+    def count(self, done: int) -> None:
+        """An update is done."""
+        self.now = time.perf_counter()
+        if done == self.first:
+            self.counted_from = self.now
+        else:
+            self.steps_per_second = (done - self.first) * self.steps / (self.now - self.counted_from)
+
+    def show(self, done: int, last_return: float | None, best_return: float | None) -> None:
+        rate = f"{self.steps_per_second:,.0f}/s" if self.steps_per_second else "-/s"
+        returns = "no episode has ended yet"
+        if last_return is not None:
+            returns = f"return {last_return:.3f}, best {best_return:.3f}"
+        text = f"{done * self.steps:,} steps, {rate}, {returns}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        due = self.now - self.printed > 5 and done > self.first
+        if self.bar.disable and (due or done == self.updates):
+            left = (self.updates - done) * self.steps
+            eta = f"{left / self.steps_per_second:.0f} s" if self.steps_per_second else "-"
+            print(f"update {done} of {self.updates}: {text}, ETA {eta}", flush=True)
+            self.printed = self.now
+
+
+class RunDirectory:
+    """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress.
+
+    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second stops at once.
+    """
 
     def __init__(self, args: Any, env: str, script: str):
-        stamp = f"{env}__{script}__{args.arch}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = path = Path(args.resume or args.eval or args.run_dir or f"runs/{stamp}")
+        self.path = Path(args.resume or args.eval or args.run_dir or default_directory(args, env, script))
         self.about = {"script": script, "env": env, "arch": args.arch, "preset": args.preset}
-        self.rows: list[dict[str, Any]] = []
+        self.flags = args
+        self.args = json.loads(json.dumps(vars(args)))  # tuples as lists, as they will be read
+        del self.args["resume"], self.args["eval"]
+        self.seeds = range(args.seed, args.seed + args.num_seeds)
+        self.writes = jax.process_index() == 0
         self.stop: list[int] = []
-        self.done, self.seconds, self.steps_per_second, self.writes = 0, 0.0, math.nan, jax.process_index() == 0
-        self.args = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("resume", "eval")}
-        self.seeds, self.evaluates = range(args.seed, args.seed + args.num_seeds), bool(args.eval)
-        if args.track and not find_spec("wandb"):
-            raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
-        creates = self.writes and not (args.resume or args.eval)
-        if creates and (path.exists() or any(parent.is_file() for parent in path.parents)):
-            raise UsageError(f"--run-dir {path}: exists or is in a file; go on with --resume {path} or choose another")
-        if creates:
-            draft = path.with_name(path.name + ".tmp")  # becomes the run directory when its files are in it
-            (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
-            draft.rename(path)
-        if self.writes and args.track:
-            options = {"name": path.name, "config": self.args, "dir": path, "sync_tensorboard": True}
+        self.done = 0
+        self.seconds = 0.0  # of earlier processes
+        self.began = time.perf_counter()
+        if self.writes and not (args.resume or args.eval):
+            self.create()
+        if self.writes and args.track and not args.eval:
+            options = {"name": self.path.name, "config": self.args, "dir": self.path, "sync_tensorboard": True}
             import_module("wandb").init(project="s5-in-context-rl", **options)
         multihost_utils.sync_global_devices("run directory")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
-        self.checkpoints = ocp.CheckpointManager((path / "checkpoints").resolve(), options=options)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.log = MetricsLog(self.path, self.writes)
+
+    def create(self) -> None:
+        """The directory with what is known before training; it gets its name when all is in it."""
+        check_new_directory(self.path)
+        draft = self.path.with_name(self.path.name + ".tmp")
+        try:
+            (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
+            draft.rename(self.path)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
     def __enter__(self) -> RunDirectory:
         def receive(number, frame):
@@ -373,128 +742,146 @@ class RunDirectory:
             if len(self.stop) > 1:
                 raise SystemExit(128 + number)
 
-        self.handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # only there Python lets one set them
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, receive)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, those before it was resumed included."""
+        return self.seconds + time.perf_counter() - self.began
+
     def save(self, state: Any) -> None:
-        """Write a checkpoint. It counts only once it is whole, and the one before it stays."""
-        about = {"args": self.args, "seconds": self.seconds + time.perf_counter() - self.began}
-        items = {"state": ocp.args.StandardSave(stored(state)), "about": ocp.args.JsonSave(about)}
-        self.checkpoints.save(self.done, args=ocp.args.Composite(**items))
+        """Write a checkpoint; the one before it stays. Raises RunError."""
+        self.checkpoints.save(
+            self.done, state, {"args": self.args, "seconds": self.elapsed(), "columns": self.log.columns}
+        )
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint's state; in a new run ``like``, of its shapes. Starts the clock. Raises UsageError."""
-        update, self.began = self.checkpoints.latest_step(), time.perf_counter()
-        if update is None:
+        self.began = time.perf_counter()
+        if not self.checkpoints.updates():
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
                 raise UsageError(f"{self.path}: its checkpoints are missing")
-            if not self.evaluates:
+            if not self.flags.eval:
                 self.save(like)
             return like
-        target = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in stored(like).items()}
-        state = (self.path / f"checkpoints/{update}/state").resolve()
-        try:  # orbax reads all at once, and where several fail litters stderr with tracebacks; so one by one first
-            _ = [json.loads(file.read_text()) for file in state.glob("array_metadatas/*")]
-            files = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}).result()
-            for name in files.list().result():
-                files.read(name).result()
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
-            found = self.checkpoints.restore(update, args=items)
-        except Exception as error:  # orbax raises many kinds
-            raise UsageError(f"{self.path}: checkpoint {update} is damaged or misplaced ({error!s:.200})") from None
+        self.done, arrays, about = self.checkpoints.read_newest(like)
         for name, value in self.args.items():
-            if (then := found.about["args"].get(name, value)) != value and not name.startswith("eval"):
+            then = about["args"].get(name, value)
+            may_differ = name in WHERE_IT_RUNS or name.startswith("eval")
+            if then != value and not may_differ:
                 raise UsageError(f"{self.path}: its checkpoint was made with {name} {then}, its args.json says {value}")
-        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.csv").open(newline="") as file:
-            self.rows = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
-        self.done, self.seconds = update, found.about["seconds"]
-        arrays = iter([found.state[name] for name in stored(like)])
-        return jax.tree.map(lambda x: next(arrays) if x.size else x, like)
+        self.seconds = about["seconds"]
+        if not self.flags.eval:
+            self.log.resume(about["columns"], self.done, self.seeds)
+        names = iter(stored(like))
+        return jax.tree.map(lambda x: arrays[next(names)] if x.size else x, like)
 
     def compiled(self, updates: int, steps: int) -> None:
         """The updates begin: how many in all, and environment steps of one agent in each."""
-        self.updates, self.steps, self.first = updates, steps, self.done + 1
-        self.compile_seconds, self.printed, self.counted_from = time.perf_counter() - self.began, 0.0, 0.0
-        self.bar = tqdm(initial=self.done, total=updates, unit=" updates", disable=not sys.stderr.isatty())
+        self.updates = updates
+        self.steps = steps
+        self.compile_seconds = time.perf_counter() - self.began
+        self.progress = Progress(self.done, updates, steps * len(self.seeds))
 
     def update(self, state: Any, metrics: dict[str, Any]) -> None:
-        """An update is done: log its metrics, arrays (S,), show progress, and save when due, at the end and on a stop.
-        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before it."""
-        metrics, self.done, now = jax.tree.map(np.asarray, metrics), self.done + 1, time.perf_counter()
-        steps, last = self.steps * len(self.seeds), self.done == self.updates
-        self.counted_from = now if self.done == self.first else self.counted_from  # without compilation, first update
-        self.steps_per_second = (self.done - self.first) * steps / (now - self.counted_from or math.nan)
+        """An update is done: log its metrics, arrays (S,) or a Mean of two, show progress, and save when due, at the
+        end and on a stop.
+
+        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before it.
+        """
+        metrics = jax.tree.map(np.asarray, metrics)
+        self.done += 1
+        self.progress.count(self.done)
         for s, seed in enumerate(self.seeds):
-            row = {"update": self.done, "env_steps": self.done * self.steps, "seed": seed}
-            self.log(row | {name: value[s].item() for name, value in metrics.items()})
-        text, returns = f"{self.done * steps:,} steps, {self.steps_per_second:,.0f}/s, ", self.returns(self.seeds[0])
-        text += f"return {returns[-1]:.3f}, best {max(returns):.3f}" if returns else "no episode has ended yet"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.bar.disable and (now - self.printed > 5 and self.done > self.first or last):
-            eta, self.printed = (self.updates - self.done) * steps / self.steps_per_second, now
-            print(f"update {self.done} of {self.updates}: {text}, ETA {eta:.0f} s", flush=True)
-        if last or self.stop or self.done % self.args["checkpoint_interval"] == 0:
+            row: dict[str, Any] = {"update": self.done, "env_steps": self.done * self.steps, "seed": seed}
+            row |= {name: value_of(metric, s) for name, metric in metrics.items()}
+            self.log.add(row, self.progress.steps_per_second)
+        seed = self.seeds[0]
+        self.progress.show(self.done, self.log.last.get(seed), self.log.best.get(seed))
+        due = self.done % self.flags.checkpoint_interval == 0
+        if due or self.stop or self.done == self.updates:
             self.save(state)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.csv, where a NaN (a mean over no episode) is an empty field, and to TensorBoard."""
-        for name in row:
-            if not math.isfinite(row[name]) and (name.endswith("_loss") or name == "grad_norm"):
-                where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
-                raise FloatingPointError(f"{name} is not finite at {where}")
-        self.rows.append({name: None if math.isnan(value) else value for name, value in row.items()})
-        if not self.writes:
-            return
-        if not hasattr(self, "csv"):  # begin with the rows from before the restored checkpoint
-            self.file = (self.path / "metrics.tmp").open("w", newline="")
-            self.csv = csv.DictWriter(self.file, list(row))
-            self.csv.writeheader()
-            self.csv.writerows(self.rows[:-1])
-            Path(self.file.name).replace(self.path / "metrics.csv")
-            self.tensorboard = SummaryWriter(str(self.path), purge_step=row["update"] if self.rows[1:] else None)
-        self.csv.writerow(self.rows[-1])
-        self.file.flush()
-        for name, value in (row | {"steps_per_second": self.steps_per_second}).items():
-            if math.isfinite(value):
-                self.tensorboard.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
-
-    def returns(self, seed: int) -> list[float]:
-        """The mean returns logged so far for a seed."""
-        own = [row["return_mean"] for row in self.rows if int(row["seed"]) == seed]
-        return [float(value) for value in own if value not in (None, "")]
-
     def finish(self, **measured: Any) -> dict[str, Any]:
-        """Write learning_curve.png and summary.json, and return the latter. After a stop raises SystemExit instead."""
+        """Write summary.json and learning_curve.png, and return the former. After a stop raises SystemExit instead."""
         if self.stop:
-            print(f"stopped; go on with: python {self.about['script']}.py --resume {self.path}")
+            print(f"stopped; go on with: {self.resume_command()}")
             raise SystemExit(128 + self.stop[0])
-        returns = [own for own in map(self.returns, self.seeds) if own]  # without seeds of no episode yet
-        summary = self.about | {"seeds": list(self.seeds), "env_steps": self.done * self.steps, "updates": self.done}
-        summary |= {"compile_seconds": self.compile_seconds, "steps_per_second": self.steps_per_second}
-        summary |= {"run_seconds": self.seconds + time.perf_counter() - self.began} | measured
-        for name, values in {"final": [own[-1] for own in returns], "best": [max(own) for own in returns]}.items():
-            summary |= {f"{name}_return": float(np.mean(values or math.nan)), f"{name}_returns": values}
-        summary = {k: None if v != v else v for k, v in (summary | provenance()).items()}  # JSON has no NaN
+        final = [self.log.last[seed] for seed in self.seeds if seed in self.log.last]  # without seeds of no episode
+        best = [self.log.best[seed] for seed in self.seeds if seed in self.log.best]
+        summary: dict[str, Any] = {
+            **self.about,
+            "seeds": list(self.seeds),
+            "env_steps": self.done * self.steps,
+            "updates": self.done,
+            "compile_seconds": self.compile_seconds,
+            "run_seconds": self.elapsed(),
+            "steps_per_second": self.progress.steps_per_second,
+            "final_return": float(np.mean(final)) if final else None,
+            "best_return": float(np.mean(best)) if best else None,
+            "final_returns": final,
+            "best_returns": best,
+            **measured,
+            **provenance(),
+        }
         if self.writes:
-            plot_learning_curves({self.path.name: self.rows}, self.path / "learning_curve.png")
-            (self.path / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+            with writing(self.path / "summary.json", kept="checkpoints and metrics.csv are whole"):
+                (self.path / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+            rows, _ = read_rows(self.log.table, self.log.columns, self.done)
+            draw(plot_learning_curves, {self.path.name: rows}, self.path / "learning_curve.png")
         print(f"best return {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {self.path}")
         return summary
+
+    def resume_command(self) -> str:
+        """What goes on with the run, to be pasted into a shell in whatever directory."""
+        script = Path(__file__).resolve().with_name(self.about["script"] + ".py")
+        words = [sys.executable, str(script), "--resume", str(self.path.resolve())]
+        if self.flags.distributed:
+            words += ["--distributed", "--num-devices", str(self.flags.num_devices)]
+        return shlex.join(words)
+
+
+def default_directory(args: Any, env: str, script: str) -> str:
+    """runs/ENV__SCRIPT__ARCH__sSEED__TIME-RANDOM; the random part for runs that start together."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return f"runs/{env[:100]}__{script}__{args.arch}__s{args.seed}__{stamp}"
+
+
+def value_of(metric: Any, seed: int) -> float | None:
+    """A metric's value for a seed, by its place; None for a mean over nothing."""
+    if not isinstance(metric, Mean):
+        return metric[seed].item()
+    if not metric.number[seed]:
+        return None
+    return (np.float32(metric.total[seed]) / np.float32(metric.number[seed])).item()
+
+
+def draw(plot: Callable, runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """``plot(runs, picture)``, names drawn as they are: a $ is no mathematics. A failure is a warning, not an error."""
+    try:
+        with rc_context({"text.parse_math": False}):
+            plot(runs, picture)
+    except Exception as error:  # whatever a font, a name or the disk may bring
+        warn(f"{picture} could not be drawn ({shortened(error)})")
 
 
 def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     """Mean episodic return against environment steps, a line for each seed of each run (its rows of metrics.csv)."""
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for label, rows in runs.items():
         for seed in sorted({int(row["seed"]) for row in rows}):
             own = [row for row in rows if int(row["seed"]) == seed and row["return_mean"] not in (None, "")]
-            x, y = ([float(row[name]) for row in own] for name in ("env_steps", "return_mean"))
-            axes.plot(x, y, linewidth=1, label=f"{label}, seed {seed}")
+            x = [float(row["env_steps"]) for row in own]
+            y = [float(row["return_mean"]) for row in own]
+            axes.plot(x, y, linewidth=1, label=f"{label.lstrip('_')}, seed {seed}")  # _ would hide it
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
     axes.legend(fontsize="small")
     figure.savefig(picture, dpi=150)
