@@ -13,6 +13,7 @@ B environments begin and end theirs together. Departures from the paper are mark
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -121,35 +122,40 @@ TASKS: dict[str, Any] = {  # arguments of gymnax's environment, steps of an epis
 def make_task(args: Args) -> Task:
     """The task with these flags. Raises UsageError for an unknown one.
 
-    gymnax's ends of episodes are not used: it truncates the longer chains, which bsuite never does.
+    gymnax's ends of episodes are not used: it truncates the longer chains, which bsuite never does. Nor does it
+    declare the types of its numbers: it always runs without JAX_ENABLE_X64, so that they are 32 bits wide.
     """
     if args.env not in TASKS:
         why = "its images would have to be downloaded" if args.env == "MNISTBandit" else "unknown"
         raise common.UsageError(f"--env {args.env}: {why}; must be one of {', '.join(TASKS)}")
     arguments, length, parameters = TASKS[args.env](args)
-    env, params = gymnax.make(f"{args.env}-bsuite", **arguments)
+    with jax.enable_x64(False):
+        env, params = gymnax.make(f"{args.env}-bsuite", **arguments)
     random, fixed = np.random.RandomState(args.mapping_seed), {}
     if args.env == "DeepSea":  # bsuite maps the actions with numpy's random numbers, gymnax with its own
         env.action_mapping = jnp.asarray(random.binomial(1, 0.5, [length, length]), jnp.int32)
     if args.env == "SimpleBandit":  # bsuite draws the arms once, from the mapping seed, gymnax in every episode
         order = random.choice(range(env.num_actions), env.num_actions, replace=False)
-        fixed["rewards"] = jnp.linspace(0, 1, env.num_actions)[order]
+        fixed["rewards"] = jnp.linspace(0, 1, env.num_actions, dtype=jnp.float32)[order]
     return Task(env, params.replace(**parameters), length, fixed)
 
 
 def reset_envs(task: Task, key: Array, batch: int) -> tuple[Array, Any]:
     """Fresh episodes: observations float (B, O) and environment states."""
-    obs, state = jax.vmap(task.env.reset_env, (0, None))(jax.random.split(key, batch), task.env_params)
+    with jax.enable_x64(False):
+        obs, state = jax.vmap(task.env.reset_env, (0, None))(jax.random.split(key, batch), task.env_params)
     fixed = {name: jnp.broadcast_to(x, (batch, *x.shape)) for name, x in task.fixed.items()}
-    return obs.reshape(batch, -1), state.replace(**fixed)
+    return obs.reshape(batch, -1).astype(jnp.float32), state.replace(**fixed)
 
 
 def step_envs(task: Task, key: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
     """Observations float (B, O), states, rewards float (B,)."""
-    keys, step = jax.random.split(key, len(action)), jax.vmap(task.env.step_env, (0, 0, 0, None))
-    obs, new_state, reward, _, _ = step(keys, state, action, task.env_params)
-    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
-    return obs.reshape(len(action), -1), new_state, reward.astype(jnp.float32)
+    keys = jax.random.split(key, len(action))
+    step = jax.vmap(task.env.step_env, (0, 0, 0, None))
+    with jax.enable_x64(False):
+        obs, new_state, reward, _, _ = step(keys, state, action, task.env_params)
+        new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
+    return obs.reshape(len(action), -1).astype(jnp.float32), new_state, reward.astype(jnp.float32)
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
@@ -171,33 +177,34 @@ class S5Layer(nn.Module):
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
-            return common.complex_to_packed((V.conj().T @ lecun_normal()(key, (2 * P, H))).T)
+            B = lecun_normal()(key, (2 * P, H), jnp.float32)
+            return common.complex_to_packed((V.conj().T.astype(jnp.complex64) @ B).T)
 
         def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
-            C = lecun_normal()(key, (H, 2 * P, 2))
-            return common.complex_to_packed((C[..., 0] + 1j * C[..., 1]) @ V).T
+            C = lecun_normal()(key, (H, 2 * P, 2), jnp.float32)
+            return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
             low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
-            return jax.random.uniform(key, (P,), minval=low, maxval=high)
+            return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
         self.B_tilde = self.param("B_tilde", init_B)
         self.C_tilde = self.param("C_tilde", init_C)
-        self.D = self.param("D", normal(1.0), (H,))
+        self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
         self.value, self.gate = nn.Dense(H), nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
-        return jnp.zeros((batch, 2 * self.args.s5_state))
+        return jnp.zeros((batch, 2 * self.args.s5_state), jnp.float32)
 
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
         # Deviation: the real part stays negative; the released code lets training push modes into growth.
-        Lambda = lax.complex(jnp.minimum(self.Lambda_re, -1e-4), self.Lambda_im)
+        Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         step, B_tilde = jnp.exp(self.log_step), common.packed_to_complex(self.B_tilde).T
         # Deviation: zero-order hold makes B_bar as small as the time step, and so what a slow state keeps of a bit.
         B_tilde *= (self.args.s5_dt_max / step)[:, None] if self.args.s5_gain else 1.0
@@ -346,7 +353,7 @@ def make_setup(args: Args) -> Setup:
     rounds = math.ceil(args.num_episodes / (args.num_envs * args.num_rows))
     rows = math.ceil(args.num_episodes / (args.num_envs * rounds))
     steps = rows * rounds * math.ceil(task.length / args.num_steps)
-    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
     mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
     return Setup(args, task, network, optimizer, mesh, rounds, rows)
@@ -357,16 +364,18 @@ def begin_episodes(setup: Setup, runner: Runner, batch: int) -> Runner:
     reset_key, key = jax.random.split(runner.key)
     obs, env_state = reset_envs(setup.task, reset_key, batch)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args, setup.task.length)]
-    everything = env_state, obs, jnp.ones(batch), carry, jnp.zeros(batch)
-    spread = lax.with_sharding_constraint(everything, NamedSharding(setup.mesh, PartitionSpec("env")))
-    return Runner(runner.params, runner.opt_state, key, runner.finished, runner.history, *spread)
+    ones, zeros = jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
+    episodes = {"env_state": env_state, "obs": obs, "start": ones, "carry": carry, "so_far": zeros}
+    spread = lax.with_sharding_constraint(episodes, NamedSharding(setup.mesh, PartitionSpec("env")))
+    return runner._replace(key=key, **spread)
 
 
 def init_runner(setup: Setup, seed: Array) -> Runner:
     """Fresh parameters and episodes for one agent."""
     params_key, key = jax.random.split(jax.random.PRNGKey(seed))
-    history = jnp.zeros((setup.rows * setup.rounds * setup.args.num_envs, 2))
-    empty = Runner(None, None, key, jnp.zeros((), jnp.int32), history, *[None] * 5)  # type: ignore[arg-type]
+    history = jnp.zeros((setup.rows * setup.rounds * setup.args.num_envs, 2), jnp.float32)
+    empty: Any = dict.fromkeys(Runner._fields)
+    empty = Runner(**empty | {"key": key, "finished": jnp.zeros((), jnp.int32), "history": history})
     runner = begin_episodes(setup, empty, setup.args.num_envs)
     params = setup.network.init(params_key, runner.carry, runner.obs[None], runner.start[None])
     return runner._replace(params=params, opt_state=setup.optimizer.init(params))
@@ -380,7 +389,7 @@ def collect_segment(setup: Setup, runner: Runner, T: int) -> tuple[Runner, Segme
     def step(runner, key):
         (action_key, env_key), obs, start = jax.random.split(key), runner.obs, runner.start
         carry, logits, _ = act(runner.carry, obs, start)
-        action = jax.random.categorical(action_key, logits)
+        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         next_obs, env_state, reward = step_envs(setup.task, env_key, runner.env_state, action)
         runner = runner._replace(env_state=env_state, obs=next_obs, start=jnp.zeros_like(start), carry=carry)
         return runner._replace(so_far=runner.so_far + reward), Segment(obs, start, action, reward)
@@ -414,16 +423,17 @@ def update_episode(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Arra
     return runner._replace(finished=runner.finished + batch, history=history), metrics
 
 
-def for_each_seed(setup: Setup, function: Any, **options: Any) -> Any:
-    """``function`` of every seed, jitted: one after the other on a CPU, side by side on an accelerator."""
+def for_each_seed(setup: Setup, function: Any) -> Any:
+    """``function`` of every seed: one after the other on a CPU, side by side on an accelerator."""
     in_turn = setup.args.num_seeds == 1 or jax.default_backend() == "cpu"
-    mapped = partial(lax.map, function) if in_turn else jax.vmap(function)
-    return jax.jit(mapped, out_shardings=NamedSharding(setup.mesh, PartitionSpec()), **options)
+    return partial(lax.map, function) if in_turn else jax.vmap(function)
 
 
 def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
-    return for_each_seed(setup, partial(init_runner, setup))(setup.args.seed + jnp.arange(setup.args.num_seeds))
+    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds, dtype=jnp.int32)
+    init = for_each_seed(setup, partial(init_runner, setup))
+    return jax.jit(init, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))(seeds)
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
@@ -432,7 +442,9 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     def update_row(runner):
         return lax.scan(lambda runner, _: update_episode(setup, runner), runner, length=setup.rounds)
 
-    return for_each_seed(setup, update_row, donate_argnums=0).lower(runners).compile()
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    function = for_each_seed(setup, update_row)
+    return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=everywhere)
 
 
 # ---- 8. Evaluation and bsuite's way of reporting ---------------------------------------------------------------------
@@ -445,8 +457,9 @@ def print_evaluation(args: Args) -> None:
         runner = begin_episodes(setup, runner._replace(key=jax.random.PRNGKey(2303_03982)), args.eval_episodes)
         return collect_segment(setup, runner, setup.task.length)[0].so_far
 
-    for seed, returns in zip(run.seeds, np.asarray(for_each_seed(setup, play)(runners)), strict=True):
-        error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
+    results = np.asarray(jax.jit(for_each_seed(setup, play))(runners))  # (S, E)
+    for seed, returns in zip(run.seeds, results, strict=True):
+        error = returns.std() / math.sqrt(len(returns) - 1)
         quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
         about = f"{args.env}, seed {seed}, update {run.done}, {len(returns)} episodes: mean {returns.mean():.4f}"
         print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
@@ -507,18 +520,46 @@ def train(args: Args) -> dict[str, Any]:
 def run_sweep(args: Args) -> None:
     """All settings of a bsuite experiment, one after the other; the same command goes on where it was stopped.
 
-    Runs lie in RUN_DIR/ID-N; RUN_DIR/logs is what bsuite's csv_load reads.
+    Runs lie in RUN_DIR/ID-N; RUN_DIR/logs is what bsuite's csv_load reads; RUN_DIR/sweep.json holds the flags. Raises
+    UsageError if they are others, as the runs and logs of two sets of flags must not be mixed.
     """
-    (env, settings), episodes = SWEEPS[args.sweep], min(args.num_episodes, EPISODES)
+    env, settings = SWEEPS[args.sweep]
     root = Path(args.run_dir or f"runs/{args.sweep}__a2c_s5_bsuite__{args.arch}__s{args.seed}")
-    (root / "logs").mkdir(parents=True, exist_ok=True)
+    claim_sweep(args, root)
     for i, setting in enumerate(settings):
         run_dir = root / f"{args.sweep}-{i}"
-        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **{"num_episodes": episodes} | setting)
+        episodes = {"num_episodes": min(args.num_episodes, EPISODES)}
+        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **episodes | setting)
         if not (run_dir / "summary.json").exists():
-            print(f"{args.sweep}/{i}: {setting}")
-            train(replace(own, resume=str(run_dir)) if run_dir.exists() else own)
+            print(f"{args.sweep}/{i}: {setting}", flush=True)
+            try:
+                train(replace(own, resume=str(run_dir)) if run_dir.exists() else own)
+            except SystemExit:  # after a signal
+                print("or go on with the whole sweep by the command that began it")
+                raise
         shutil.copy(run_dir / f"bsuite_seed{own.seed}.csv", root / "logs" / f"bsuite_id_-_{args.sweep}-{i}.csv")
+
+
+def claim_sweep(args: Args, root: Path) -> None:
+    """Make a sweep's directory, or go on in it if it was made with these flags. Raises UsageError."""
+    named = ("run_dir", *common.WHERE_IT_RUNS)
+    flags = {name: x for name, x in json.loads(json.dumps(vars(args))).items() if name not in named}
+    record = root / "sweep.json"
+    if not root.exists():
+        common.check_new_directory(root)
+        draft = root.with_name(root.name + ".tmp")
+        (draft / "logs").mkdir(parents=True, exist_ok=True)
+        (draft / record.name).write_text(json.dumps(flags, indent=2))
+        draft.rename(root)
+    try:
+        made_with = json.loads(record.read_text())
+        differing = [name for name in flags if made_with[name] != flags[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise common.UsageError(f"--run-dir {root}: exists and is no sweep of this script ({error})") from None
+    for name in differing:
+        flag = f"--{name.replace('_', '-')} {flags[name]}"
+        then = f"the sweep in {root} was made with {made_with[name]}"
+        raise common.UsageError(f"{flag}: {then}; choose another --run-dir")
 
 
 def main() -> int:

@@ -94,6 +94,9 @@ class Args:
         if self.num_envs % (self.num_minibatches * self.num_devices):
             parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
             raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
+        if self.batch_size < 2 * self.num_minibatches:  # the normalised advantage of a single step is 0
+            batch = f"{self.num_envs} x {self.num_steps} steps"
+            raise common.UsageError(f"--num-minibatches {self.num_minibatches}: must leave each at least 2 of {batch}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -114,7 +117,7 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
     The action is one-hot if discrete. Where start is 1 there was none and its place is zero.
     """
     if jnp.issubdtype(previous_action.dtype, jnp.integer):
-        previous_action = jax.nn.one_hot(previous_action, num_actions)
+        previous_action = jax.nn.one_hot(previous_action, num_actions, dtype=jnp.float32)
     return jnp.concatenate([obs, previous_action * (1.0 - start)[:, None], start[:, None]], axis=-1)
 
 
@@ -155,33 +158,34 @@ class S5Layer(nn.Module):
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
-            return common.complex_to_packed((V.conj().T @ lecun_normal()(key, (2 * P, H))).T)
+            B = lecun_normal()(key, (2 * P, H), jnp.float32)
+            return common.complex_to_packed((V.conj().T.astype(jnp.complex64) @ B).T)
 
         def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
-            C = lecun_normal()(key, (H, 2 * P, 2))
-            return common.complex_to_packed((C[..., 0] + 1j * C[..., 1]) @ V).T
+            C = lecun_normal()(key, (H, 2 * P, 2), jnp.float32)
+            return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
             low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
-            return jax.random.uniform(key, (P,), minval=low, maxval=high)
+            return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
         self.B_tilde = self.param("B_tilde", init_B)
         self.C_tilde = self.param("C_tilde", init_C)
-        self.D = self.param("D", normal(1.0), (H,))
+        self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
         self.value, self.gate = nn.Dense(H), nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
-        return jnp.zeros((batch, 2 * self.args.s5_state))
+        return jnp.zeros((batch, 2 * self.args.s5_state), jnp.float32)
 
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
         # Deviation: the real part stays negative; the released code lets training push modes into growth.
-        Lambda = lax.complex(jnp.minimum(self.Lambda_re, -1e-4), self.Lambda_im)
+        Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         B_tilde = common.packed_to_complex(self.B_tilde).T
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
         C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
@@ -215,8 +219,8 @@ class Policy(NamedTuple):
 
     def sample(self, key: Array) -> Array:
         if self.log_std is None:
-            return jax.random.categorical(key, self.mean)
-        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+            return jax.random.categorical(key, self.mean).astype(jnp.int32)
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, jnp.float32)
 
     def log_prob(self, action: Array) -> Array:
         if self.log_std is None:
@@ -261,7 +265,7 @@ class ActorCritic(nn.Module):
         self.memory = make_memory(args)
         self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(A, kernel_init=orthogonal(0.01))])
         self.critic = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(1, kernel_init=orthogonal(1.0))])
-        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (A,))
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (A,), jnp.float32)
 
     def kernels(self) -> list:
         """What ``step`` can reuse for as long as the parameters stay as they are."""
@@ -394,7 +398,7 @@ def make_setup(args: Args) -> Setup:
     discrete = isinstance(space, spaces.Discrete)
     network = ActorCritic(args, space.n if discrete else math.prod(space.shape), discrete)
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
     mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
     return Setup(args, env, env_params, network, optimizer, mesh)
@@ -405,18 +409,20 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     batch, network = setup.args.num_envs, setup.network
     params_key, env_key, key = jax.random.split(key, 3)
     obs, env_state = reset_envs(setup, env_key, batch)
-    start, zeros = jnp.ones(batch), jnp.zeros(batch)
-    obs = agent_input(obs, jnp.zeros((batch, network.num_actions)), start, network.num_actions)
+    start, zeros = jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
+    no_action = jnp.zeros((batch, network.num_actions), jnp.float32)
+    obs = agent_input(obs, no_action, start, network.num_actions)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
     params = network.init(params_key, carry, obs[None], start[None], method="scan")
-    so_far, scale = {"return": zeros, "length": zeros, "discounted": zeros}, (jnp.zeros(()), jnp.zeros(()))
+    so_far = {"return": zeros, "length": zeros, "discounted": zeros}
+    scale = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     return Runner(params, setup.optimizer.init(params), key, scale, env_state, obs, start, carry, so_far)
 
 
 def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Array]:
     """Act for T steps. Returns the runner moved on, the rollout and the value of what comes next, (B,)."""
     args, network = setup.args, setup.network
-    zeros = jnp.zeros(args.num_envs)
+    zeros = jnp.zeros(args.num_envs, jnp.float32)
     act = partial(network.apply, runner.params, network.apply(runner.params, method="kernels"), method="step")
     as_input = partial(agent_input, num_actions=network.num_actions)
 
@@ -447,7 +453,8 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
 def scale_rewards(args: Args, scale: tuple[Array, Array], rollout: Rollout) -> tuple[Array, tuple[Array, Array]]:
     """Rewards divided by the root mean square of the discounted return, and the scale for the next rollout.
 
-    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from.
+    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from; until one has
+    paid, which begins the mean, it is the rollout's own.
     Deviation: the paper does not scale; rewards reach from 1/1024 to 1 between the tasks.
     """
     if not args.normalize_rewards:
@@ -456,7 +463,8 @@ def scale_rewards(args: Args, scale: tuple[Array, Array], rollout: Rollout) -> t
     now = jnp.mean(rollout.so_far["discounted"] ** 2)
     mean_square = jnp.where(count == 0, now, mean_square)
     later = mean_square + jnp.maximum(1.0 / (count + 1.0), 0.05) * (now - mean_square)
-    return rollout.reward / jnp.sqrt(mean_square + 1e-8), (later, count + 1.0)
+    later_count = jnp.where(later > 0, count + 1.0, 0.0)
+    return rollout.reward / jnp.sqrt(mean_square + 1e-8), (later, later_count)
 
 
 def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
@@ -478,16 +486,23 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def epoch(learner, key):
-        order = jax.random.permutation(key, args.num_envs).reshape(args.num_minibatches, -1)
+        environments = jnp.arange(args.num_envs, dtype=jnp.int32)
+        order = jax.random.permutation(key, environments).reshape(args.num_minibatches, -1)
         return lax.scan(minibatch_update, learner, order)
 
     key, epochs_key = jax.random.split(runner.key)
     learner = (runner.params, runner.opt_state)
     (params, opt_state), metrics = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
-    ended, ratio_error = rollout.terminated | rollout.truncated, metrics.pop("ratio_error")
-    metrics = jax.tree.map(jnp.mean, metrics) | {"first_ratio_error": ratio_error[0, 0], "episodes": ended.sum()}
-    for name in ("return", "length"):  # NaN where no episode ended
-        metrics[f"{name}_mean"] = jnp.sum(rollout.so_far[name] * ended) / ended.sum()
+    ratio_error = metrics.pop("ratio_error")
+    ended = rollout.terminated | rollout.truncated
+    episodes = ended.sum(dtype=jnp.int32)
+    metrics = {
+        **jax.tree.map(jnp.mean, metrics),
+        "first_ratio_error": ratio_error[0, 0],
+        "episodes": episodes,
+        "return_mean": common.Mean(jnp.sum(rollout.so_far["return"] * ended), episodes),
+        "length_mean": common.Mean(jnp.sum(rollout.so_far["length"] * ended), episodes),
+    }
     return runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale), metrics
 
 
@@ -506,22 +521,24 @@ def placement(setup: Setup) -> Runner:
 
 def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
-    keys = jax.vmap(jax.random.PRNGKey)(setup.args.seed + jnp.arange(setup.args.num_seeds))
+    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds, dtype=jnp.int32)
+    keys = jax.vmap(jax.random.PRNGKey)(seeds)
     init = partial(for_each_seed, setup.args, partial(init_runner, setup))
     return jax.jit(init, out_shardings=placement(setup))(keys)
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
-    """``update`` of every seed as one compiled call; each metric comes back as float (S,)."""
+    """``update`` of every seed as one compiled call; each metric comes back as (S,), or as a Mean of two such."""
     function = partial(for_each_seed, setup.args, partial(update, setup))
     out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
-    return jax.jit(function, donate_argnums=0, out_shardings=out).lower(runners).compile()
+    return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
 
 
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
-    envs, trials = jnp.arange(setup.args.eval_episodes), getattr(setup.env_params, "num_trials", 0)
+    envs = jnp.arange(setup.args.eval_episodes, dtype=jnp.int32)
+    trials = getattr(setup.env_params, "num_trials", 0)
     setup = setup._replace(args=replace(setup.args, num_envs=len(envs), num_steps=1))
 
     def step(loop):
@@ -531,48 +548,77 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
         returns = returns.at[envs, trial].add(rollout.reward[0] * playing)
         return runner, returns, playing * (1.0 - runner.start)
 
-    runner, returns = init_runner(setup, key)._replace(params=params), jnp.zeros((len(envs), trials or 1))
-    returns = lax.while_loop(lambda loop: loop[2].any(), step, (runner, returns, jnp.ones(len(envs))))[1]
+    runner = init_runner(setup, key)._replace(params=params)
+    returns = jnp.zeros((len(envs), trials or 1), jnp.float32)
+    playing = jnp.ones(len(envs), jnp.float32)
+    _, returns, _ = lax.while_loop(lambda loop: loop[2].any(), step, (runner, returns, playing))
     return returns if trials else returns[:, 0]
 
 
 def print_evaluation(args: Args) -> None:
     """Evaluate the newest checkpoint of --eval with a fixed key: mean, standard error and quantiles for each seed."""
     setup = make_setup(args)
+    beside = read_trials(args, getattr(setup.env_params, "num_trials", 0))
     run = common.RunDirectory(args, setup.env.name, "ppo_s5_popgym")
     runners = run.restore(init_runners(setup))
     play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))
     results = np.asarray(jax.jit(partial(lax.map, play))(runners.params))  # (S, E) or (S, E, K)
     for seed, returns in zip(run.seeds, results.reshape(*results.shape[:2], -1).sum(axis=-1), strict=True):
-        error = returns.std() / math.sqrt(max(len(returns) - 1, 1))
+        error = returns.std() / math.sqrt(len(returns) - 1)
         quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
         about = f"{args.env}, seed {seed}, update {run.done}, {len(returns)} episodes: mean {returns.mean():.4f}"
         print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
     if results.ndim == 3:
-        print(f"return of each trial: {save_trials(args, results)}")
+        print(f"return of each trial: {save_trials(args, results, beside)}")
 
 
-def save_trials(args: Args, returns: np.ndarray) -> Path:
-    """Write trials_K.csv and, with the lines of --eval-beside, trials_K.png into the run directory; the table's path.
+def trials_table(run_dir: str, trials: int) -> Path:
+    return Path(run_dir) / f"trials_{trials}.csv"
 
-    returns: of each trial, float (S, E, K). Raises OSError if a run of --eval-beside has no table of K trials.
+
+def read_trials(args: Args, trials: int) -> dict[str, np.ndarray]:
+    """The tables of trials of the runs of --eval-beside, by run, float (rows, 4). Raises UsageError."""
+    found = {}
+    for run_dir in args.eval_beside:
+        table = trials_table(run_dir, trials)
+        try:
+            found[run_dir] = np.loadtxt(table, delimiter=",", skiprows=1, ndmin=2)
+            shaped = found[run_dir].shape[1] == 4
+        except (OSError, ValueError):
+            shaped = False
+        if not shaped:
+            what = f"{table} is no table of trials; evaluate that run first, with as many trials"
+            raise common.UsageError(f"--eval-beside {run_dir}: {what}")
+    return found
+
+
+def save_trials(args: Args, returns: np.ndarray, beside: dict[str, np.ndarray]) -> Path:
+    """Write trials_K.csv and, with the runs beside it, trials_K.png into the run directory; the table's path.
+
+    returns: of each trial, float (S, E, K).
     """
-    (S, E, K), first = returns.shape, args.seed
-    table = Path(args.eval) / f"trials_{K}.csv"
-    beside = {other: np.loadtxt(Path(other) / table.name, delimiter=",", skiprows=1) for other in args.eval_beside}
-    (seeds, trials), error = np.indices((S, K)), returns.std(axis=1) / math.sqrt(max(E - 1, 1))
-    rows = np.stack([first + seeds, 1 + trials, returns.mean(axis=1), error], axis=-1).reshape(-1, 4)
+    S, E, K = returns.shape
+    table = trials_table(args.eval, K)
+    seeds, trials = np.indices((S, K))
+    error = returns.std(axis=1) / math.sqrt(E - 1)
+    rows = np.stack([args.seed + seeds, 1 + trials, returns.mean(axis=1), error], axis=-1).reshape(-1, 4)
     np.savetxt(table, rows, "%.8g", ",", header="seed,trial,mean_return,standard_error", comments="")
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for run, found in {args.eval: rows, **beside}.items():
-        for seed in np.unique(found[:, 0]):
-            _, trial, mean, error = found[found[:, 0] == seed].T
-            axes.plot(trial, mean, label=f"{Path(run).resolve().name}, seed {seed:.0f}")
+    common.draw(plot_trials, {args.eval: rows, **beside}, table.with_suffix(".png"))
+    return table
+
+
+def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
+    """Mean return of each trial with its standard error, a line for each seed of each run (its table of trials)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for run, table in runs.items():
+        for seed in np.unique(table[:, 0]):
+            _, trial, mean, error = table[table[:, 0] == seed].T
+            axes.plot(trial, mean, label=f"{Path(run).resolve().name.lstrip('_')}, seed {seed:.0f}")
             axes.fill_between(trial, mean - error, mean + error, alpha=0.25)
     axes.set(xlabel="trial", ylabel="mean return of a trial")
     axes.legend(fontsize="small")
-    figure.savefig(table.with_suffix(".png"), dpi=150)
-    return table
+    figure.savefig(picture, dpi=150)
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------

@@ -381,6 +381,8 @@ def check_args(
             if type(number) in (int, float) and not low <= number <= high:
                 bound = "above 0" if low == 1e-12 else f"at least {low:g}"
                 raise UsageError(f"--{name.replace('_', '-')} {number}: must be {bound} and at most {high:g}")
+    if args.seed + args.num_seeds > 2**31:
+        raise UsageError(f"--num-seeds {args.num_seeds}: --seed {args.seed} and those after it must be below 2^31")
     if args.s5_dt_min > args.s5_dt_max:
         raise UsageError(f"--s5-dt-min {args.s5_dt_min}: must be at most --s5-dt-max {args.s5_dt_max}")
     if args.arch == "attention" and args.s5_width % 8:
@@ -863,7 +865,7 @@ def value_of(metric: Any, seed: int) -> float | None:
     return (np.float32(metric.total[seed]) / np.float32(metric.number[seed])).item()
 
 
-def draw(plot: Callable, runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+def draw(plot: Callable, runs: dict[str, Any], picture: Path) -> None:
     """``plot(runs, picture)``, names drawn as they are: a $ is no mathematics. A failure is a warning, not an error."""
     try:
         with rc_context({"text.parse_math": False}):

@@ -463,10 +463,10 @@ def test_every_flag_is_read_somewhere():
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
-                if base in ("args", "self", "first"):
+                if base in ("args", "self", "first", "flags"):
                     read.add(node.attr)
             elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                read.add(node.slice.value)  # self.args["seed"]
+                read.add(node.slice.value)  # metrics["entropy"]
     assert not set(ppo.Args.__dataclass_fields__) - read
 
 
