@@ -574,11 +574,17 @@ class Checkpoints:
         except UsageError as error:
             problem = error
         for update in reversed(older):
-            with contextlib.suppress(UsageError):
-                self.read(update, like)
+            if self.is_whole(update, like):
                 offer = f"remove {self.path / str(newest)} to go on from checkpoint {update}, which is whole"
                 raise UsageError(f"{problem}; {offer}")
         raise problem
+
+    def is_whole(self, update: int, like: Any) -> bool:
+        try:
+            self.read(update, like)
+        except UsageError:
+            return False
+        return True
 
 
 def stored(state: Any) -> dict[str, Array]:

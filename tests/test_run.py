@@ -5,18 +5,21 @@ import gc
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TWO_DEVICES, as_flags, finish, start_script, tiny_args, tiny_flags
+from conftest import QUICK, ROOT, SCRIPT, TWO_DEVICES, as_flags, finish, start_script, tiny_args, tiny_flags
 
 import ppo_s5_popgym as ppo
 import s5_common as common
@@ -113,7 +116,7 @@ def test_default_run_directory_names_environment_script_arch_seed_and_time(tmp_p
     flags = tiny_flags(env="RepeatEasy", arch="mlp", seed=5, total_timesteps=128)
     assert in_process(monkeypatch, capsys, *flags)[0] == 0
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"RepeatPreviousEasy__ppo_s5_popgym__mlp__s5__\d{8}-\d{6}", run.name)
+    assert re.fullmatch(r"RepeatPreviousEasy__ppo_s5_popgym__mlp__s5__\d{8}-\d{6}-[0-9a-f]{6}", run.name)
 
 
 def test_seeds_in_one_program_equal_separate_runs(finished, tmp_path):
@@ -176,21 +179,27 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(finished, tmp_pat
         assert resumed[name] == whole[name]
 
 
-def test_interrupted_runs_exit_130_and_143_and_the_printed_command_resumes_them(finished, tmp_path):
-    run = tmp_path / "run"
-    process = run_until(lambda: row_count(run) >= 3, *tiny_flags(run_dir="run", checkpoint_interval=50), cwd=tmp_path)
+def test_interrupted_runs_exit_130_and_143_and_the_printed_command_resumes_them_from_anywhere(finished, tmp_path):
+    """As it is printed, pasted into a shell in another directory; the run's name has a space and a $ in it."""
+    run, elsewhere = tmp_path / "my $RUN", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    process = run_until(
+        lambda: row_count(run) >= 3, *tiny_flags(run_dir=run.name, checkpoint_interval=50), cwd=tmp_path
+    )
     process.send_signal(signal.SIGINT)
     out, err = finish(process, 130)
-    command = out.splitlines()[-1].split("python ppo_s5_popgym.py ")[1].split()
-    assert command == ["--resume", "run"] and err == ""
+    command = out.splitlines()[-1].removeprefix("stopped; go on with: ")
+    assert shlex.split(command)[1:] == [str(SCRIPT), "--resume", str(run)] and err == ""
     at = row_count(run)
     assert 3 <= at < UPDATES and (run / "checkpoints" / str(at)).exists()
 
-    process = run_until(lambda: row_count(run) >= at + 3, *command, cwd=tmp_path)
+    process = run_until(lambda: row_count(run) >= at + 3, *shlex.split(command)[2:], cwd=elsewhere)
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, 143)
-    assert "--resume run" in out.splitlines()[-1] and err == ""
-    finish(start_script(*command, cwd=tmp_path))
+    assert out.splitlines()[-1].endswith(command) and err == ""
+    environment = os.environ | {"XLA_FLAGS": QUICK}
+    pasted = subprocess.run(command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert (pasted.returncode, pasted.stderr) == (0, "")
     assert (run / "metrics.csv").read_bytes() == (finished[0] / "first" / "metrics.csv").read_bytes()
 
 
@@ -199,7 +208,7 @@ def test_interrupted_while_compiling_exits_130_without_a_traceback(tmp_path):
     process = run_until((run / "checkpoints" / "0").exists, *tiny_flags(run_dir="run"), cwd=tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = finish(process, 130)
-    assert "Traceback" not in err and "--resume run" in out
+    assert "Traceback" not in err and f"--resume {run}" in out
 
 
 def test_a_finished_run_resumed_changes_no_metric(finished, tmp_path, monkeypatch, capsys):
@@ -453,6 +462,11 @@ BAD = {
     "--anneal-lr maybe": ("maybe",),
     "--checkpoint-interval 0": ("--checkpoint-interval 0",),
     "--eval-episodes 0": ("--eval-episodes 0",),
+    "--eval-episodes 1": ("--eval-episodes 1", "at least 2"),  # one return has no standard error
+    "--s5-width 1": ("--s5-width 1", "at least 2"),  # one feature, normalised, is 0
+    "--num-steps 1 --num-minibatches 8": ("--num-minibatches 8", "at least 2 of 8 x 1 steps"),
+    f"--run-dir {'long' * 65}": ("--run-dir longlong", "too long"),
+    "--seed 2147483647 --num-seeds 2": ("--num-seeds 2", "--seed 2147483647"),
     "--num-devices 0": ("--num-devices 0",),
     "--num-devices 4": ("--num-devices 4",),
     "--run-dir taken": ("--run-dir taken", "--resume taken"),
@@ -510,6 +524,163 @@ def test_a_run_killed_before_its_directory_was_complete_can_be_started_again(tmp
     assert (code, err) == (0, "") and row_count(tmp_path / "run") == 1
 
 
+def test_help_into_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} {SCRIPT} --help | true"  # which ends before the first line is there
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_names_are_drawn_as_they_are_and_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """A run directory whose name is no valid mathematics; then a disk that takes no pictures."""
+    monkeypatch.chdir(tmp_path)
+    flags = tiny_flags(run_dir="$SLURM_JOB_ID_$SEED", arch="mlp", total_timesteps=128)
+    assert in_process(monkeypatch, capsys, *flags)[::2] == (0, "")
+    assert (tmp_path / "$SLURM_JOB_ID_$SEED" / "learning_curve.png").exists()
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(common.Figure, "savefig", fail)
+    code, _, err = in_process(monkeypatch, capsys, "--resume", "$SLURM_JOB_ID_$SEED")
+    assert code == 0 and err.count("\n") == 1 and "warning:" in err and "learning_curve.png" in err
+    assert json.loads((tmp_path / "$SLURM_JOB_ID_$SEED" / "summary.json").read_text())["updates"] == 1
+
+
+def test_default_directories_of_runs_that_start_together_differ_and_are_not_too_long():
+    names = {common.default_directory(tiny_args(), "BallInCup," * 25, "muesli_s5_metarl") for _ in range(100)}
+    assert len(names) == 100 and max(map(len, names)) < 200
+
+
+def test_training_outside_of_the_main_thread(tmp_path):
+    """Where Python lets nobody handle signals."""
+    with ThreadPoolExecutor(1) as pool:
+        args = tiny_args(arch="mlp", total_timesteps=256, run_dir=str(tmp_path / "run"))
+        assert pool.submit(ppo.train, args).result()["updates"] == 2
+
+
+# ---- damaged tables --------------------------------------------------------------------------------------------------
+
+
+def cut_the_last_line(text):
+    return text[:-20], 1
+
+
+def append_zeros(text):
+    return text + "\0" * 40, 0  # what a crash of the machine may leave behind whole rows
+
+
+def zeros_for_the_last_rows(text):
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:-2]) + "\0" * 40, 2
+
+
+def nothing(text):
+    return "", UPDATES
+
+
+def no_header(text):
+    return text.split("\n", 1)[1], 1  # the first row has taken its place
+
+
+def without_some_rows(text):
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:10] + lines[13:]), 3
+
+
+def words_for_numbers(text):
+    lines = text.splitlines(keepends=True)
+    lines[5] = lines[5].replace("0.", "o.")
+    return "".join(lines), 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_the_last_line,
+        append_zeros,
+        zeros_for_the_last_rows,
+        nothing,
+        no_header,
+        without_some_rows,
+        words_for_numbers,
+    ],
+)
+def test_of_a_damaged_table_what_is_whole_is_kept_and_what_is_missing_is_said(damage, finished, tmp_path, capsys):
+    whole = (finished[0] / "first" / "metrics.csv").read_text()
+    damaged, missing = damage(whole)
+    (tmp_path / "metrics.csv").write_text(damaged)
+    columns = whole.split("\n", 1)[0].split(",")
+    log = common.MetricsLog(tmp_path, writes=True)
+    log.resume(columns, UPDATES, [0])
+    err = capsys.readouterr().err
+    assert len(log.kept) == UPDATES - missing
+    assert all(",".join(row.values()) in whole for row in log.kept)
+    assert err.count("\n") == bool(missing)
+    if missing:
+        assert f"{missing} of {UPDATES} rows" in err and "damaged or missing" in err
+
+
+def test_a_run_with_a_damaged_table_is_resumed(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    stopped_at(5, tmp_path, run_dir=run)
+    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(lines[:4]) + lines[4][:30])
+    code, _, err = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 0 and err.count("\n") == 1 and "2 of 5 rows, of updates 4 to 5" in err
+    whole = (finished[0] / "first" / "metrics.csv").read_text().splitlines()
+    assert (run / "metrics.csv").read_text().splitlines()[:4] == whole[:4]
+    assert [int(row["update"]) for row in rows(run)] == [1, 2, 3, *range(6, UPDATES + 1)]
+
+
+def test_tables_have_unix_line_ends(finished):
+    assert b"\r" not in (finished[0] / "first" / "metrics.csv").read_bytes()
+
+
+def test_an_update_costs_no_more_after_10_000_rows_than_after_100(tmp_path):
+    """Counted in calls of Python functions."""
+
+    def calls_of_an_update(rows):
+        run = common.RunDirectory(tiny_args(run_dir=str(tmp_path / str(rows)), checkpoint_interval=10**9), "", "")
+        run.restore({"x": jnp.zeros(1)})
+        run.compiled(10**9, steps=1)
+        metrics = {"policy_loss": np.zeros(1), "return_mean": common.Mean(np.ones(1), np.ones(1, int))}
+        calls = 0
+
+        def count(frame, event, _):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        for _ in range(rows):
+            run.update(None, metrics)
+        run.progress.printed = run.progress.now + 1e9  # no progress line among what is counted
+        sys.setprofile(count)
+        try:
+            run.update(None, metrics)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    few, many = calls_of_an_update(100), calls_of_an_update(10_000)
+    assert few > 10 and abs(many - few) <= 5
+
+
+def test_where_the_newer_checkpoint_is_damaged_the_older_one_is_offered(finished, tmp_path, monkeypatch, capsys):
+    """A single bit in the middle of each file with arrays; what the line tells one to do then works."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0] / "first", run)
+    for path in (run / "checkpoints" / "60" / "state").rglob("d/*"):  # orbax keeps some arrays twice
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    code, out, err = in_process(monkeypatch, capsys, "--eval", run)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    remove = f"remove {run}/checkpoints/60 to go on from checkpoint 50, which is whole"
+    assert "checkpoint 60 is damaged" in err and remove in err
+    shutil.rmtree(run / "checkpoints" / "60")
+    code, out, err = in_process(monkeypatch, capsys, "--eval", run)
+    assert (code, err) == (0, "") and "update 50," in out
+
+
 # ---- several devices, several processes ------------------------------------------------------------------------------
 
 
@@ -521,6 +692,39 @@ def assert_same_metrics(run, reference):
         for name in ("return_mean", "entropy", "policy_loss", "value_loss", "grad_norm"):
             if ours[name] or theirs[name]:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2, abs=1e-3), name
+
+
+STOPS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import ppo_s5_popgym, s5_common
+last = int(sys.argv.pop())
+update = s5_common.RunDirectory.update
+def stopping(run, *arguments):
+    if run.done + 1 == last:
+        run.stop.append(15)
+    update(run, *arguments)
+s5_common.RunDirectory.update = stopping
+sys.exit(s5_common.run_main(ppo_s5_popgym.main))
+"""
+
+
+def stopped_at(update, cwd, devices=1, **flags):
+    """A tiny run that gets a signal in this update."""
+    variables = {"XLA_FLAGS": TWO_DEVICES} if devices == 2 else {}
+    words = tiny_flags(**flags, num_devices=devices)
+    finish(start_script(*words, update, cwd=cwd, program=("-c", STOPS), **variables), 143)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_run_goes_on_and_is_evaluated_on_another_number_of_devices(before, after, finished, tmp_path):
+    """Begun on two, gone on with on a machine that has one, and the other way round; close to a run on one."""
+    stopped_at(5, tmp_path, run_dir="run", devices=before)
+    more, variables = (["--num-devices", 2], {"XLA_FLAGS": TWO_DEVICES}) if after == 2 else ([], {})
+    finish(start_script("--resume", "run", *more, cwd=tmp_path, **variables))
+    assert_same_metrics(tmp_path / "run", finished[0] / "first")
+    out, err = finish(start_script("--eval", "run", cwd=tmp_path))  # with one
+    assert "update 60, 8 episodes" in out and err == ""
 
 
 def test_two_devices_give_the_metrics_of_one(finished, tmp_path):
