@@ -64,7 +64,7 @@ def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) 
     kept = [row for row in old if tuple(row[name] for name in same) not in new]
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
 

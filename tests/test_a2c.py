@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -262,7 +264,7 @@ def test_what_follows_a_segment_is_worth_its_value_and_nothing_after_the_end(mon
     assert value.all()
 
 
-@pytest.mark.learning
+@pytest.mark.slow
 def test_memory_of_16_steps_is_learned_perfectly(tmp_path):
     summary = a2c.train(a2c.Args(memory_length=16, num_episodes=6000, run_dir=str(tmp_path / "run")))
     assert summary["final_return"] == 1.0
@@ -297,15 +299,28 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
     assert out.count("8 episodes: mean") == 2
 
 
-def test_two_devices_give_the_metrics_of_one(tmp_path):
-    flags = as_flags(**SMALL | {"num_episodes": 80, "memory_length": 12, "num_steps": 5})
-    finish(run_script(*flags, "--run-dir", "one", cwd=tmp_path))
-    finish(run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
-    for ours, theirs in zip(
-        read(tmp_path / "two" / "metrics.csv"), read(tmp_path / "one" / "metrics.csv"), strict=True
-    ):
+def assert_close(run, other):
+    for ours, theirs in zip(read(run / "metrics.csv"), read(other / "metrics.csv"), strict=True):
         for name, value in ours.items():
             assert float(value) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), name
+
+
+def test_two_devices_give_the_metrics_of_one_and_a_run_can_move_between_them(tmp_path):
+    """Whole runs on one and on two; then one that begins on two and goes on with one, and one the other way round."""
+    flags = as_flags(**SMALL | {"num_episodes": 80, "memory_length": 12, "num_steps": 5})
+    on_two = {"XLA_FLAGS": TWO_DEVICES}
+    finish(run_script(*flags, "--run-dir", "one", cwd=tmp_path))
+    finish(run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, **on_two))
+    assert_close(tmp_path / "two", tmp_path / "one")
+    for name in ("one", "two"):  # back to the checkpoint after row 15 of 20
+        shutil.rmtree(tmp_path / name / "checkpoints" / "20")
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}_moved")
+    finish(run_script("--resume", "two_moved", cwd=tmp_path))
+    finish(run_script("--resume", "one_moved", "--num-devices", 2, cwd=tmp_path, **on_two))
+    assert_close(tmp_path / "two_moved", tmp_path / "one")
+    assert_close(tmp_path / "one_moved", tmp_path / "one")
+    out, err = finish(run_script("--eval", "one_moved", cwd=tmp_path))
+    assert "update 20, 8 episodes" in out and err == ""
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
@@ -399,6 +414,52 @@ def test_a_sweep_writes_what_csv_load_reads_and_goes_on_where_it_was_stopped(tmp
         assert len(stamps) == 2
     frame = csv_load.load_one_result_set(str(tmp_path / "sweep" / "logs"))
     assert sorted(frame.num_bits.unique()) == [1, 2] and frame.episode.max() == 40
+
+
+@pytest.fixture
+def quick_sweeps(tmp_path, monkeypatch):
+    """Sweeps of two settings whose training only notes its step size; the function sweeps with these flags."""
+
+    def note(args):
+        run = Path(args.run_dir)
+        run.mkdir(parents=True)
+        (run / f"bsuite_seed{args.seed}.csv").write_text(str(args.learning_rate))
+        (run / "summary.json").write_text("{}")
+
+    def sweep(*flags):
+        monkeypatch.setattr(sys, "argv", ["a2c_s5_bsuite.py", *flags])
+        return common.run_main(a2c.main)
+
+    monkeypatch.setattr(a2c, "SWEEPS", {name: (env, own[:2]) for name, (env, own) in a2c.SWEEPS.items()})
+    monkeypatch.setattr(a2c, "train", note)
+    monkeypatch.chdir(tmp_path)
+    return sweep
+
+
+@pytest.mark.parametrize("name", a2c.SWEEPS)
+def test_a_sweep_with_other_flags_than_its_directory_was_made_with_is_refused(name, quick_sweeps, tmp_path, capsys):
+    assert quick_sweeps("--sweep", name, "--num-episodes", "32") == 0
+    (root,) = (tmp_path / "runs").iterdir()
+    logs = {path: path.read_text() for path in (root / "logs").iterdir()}
+    assert len(logs) == 2 and set(logs.values()) == {"0.001"}
+    capsys.readouterr()
+    assert quick_sweeps("--sweep", name, "--learning-rate", "0.1", "--num-episodes", "64") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(root.relative_to(tmp_path)) in err
+    assert "--num-episodes 64" in err and "made with 32" in err
+    assert {path: path.read_text() for path in (root / "logs").iterdir()} == logs
+    assert quick_sweeps("--sweep", name, "--num-episodes", "32") == 0  # its own flags go on
+    own = ("--sweep", name, "--learning-rate", "0.1", "--run-dir", "another")
+    assert quick_sweeps(*own) == quick_sweeps(*own) == 0
+    assert {path.read_text() for path in (tmp_path / "another" / "logs").iterdir()} == {"0.1"}
+
+
+def test_a_directory_that_is_no_sweep_is_left_alone(quick_sweeps, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    assert quick_sweeps("--sweep", "bandit", "--run-dir", "mine") == 2
+    assert "--run-dir mine: exists and is no sweep" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
 # ---------------------------------------------------------------- benchmark

@@ -6,7 +6,7 @@ import pytest
 from conftest import finish, start_script
 
 
-@pytest.mark.learning
+@pytest.mark.slow
 def test_repeat_previous_easy_is_learned_to_nine_tenths_in_half_a_million_steps(tmp_path):
     """The default flags, the whole program; a memoryless agent stays below -0.4."""
     flags = ["--env", "RepeatPreviousEasy", "--total-timesteps", "500000", "--run-dir", "run"]

@@ -42,7 +42,7 @@ def test_lock_step_with_the_reference(name, replay, request):
         row = {"env": name, "replay": replay.__name__, "episodes": episodes, "steps": ours.length.sum()}
         row |= {"terminated": theirs.terminated.sum(), "truncated": theirs.truncated.sum()}
         with open(report, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)

@@ -386,6 +386,15 @@ class Lottery(Probe):
         return state.time >= state.secret
 
 
+class PaysLate(Probe):
+    """40 steps, of which the last one pays 1: with rollouts of 16 steps the first two pay nothing."""
+
+    length = 40
+
+    def reward(self, state, action):
+        return jnp.where(state.time == self.length - 1, 1.0, 0.0)
+
+
 def probe_setup(probe, time_limit=1_000_000, **flags):
     """The learner on a probe; CartPole lends its two actions."""
     flags = {"env": "PositionOnlyCartPoleEasy", "anneal_lr": False, "normalize_rewards": False} | flags
@@ -398,6 +407,20 @@ def train_on(setup, updates):
     for _ in range(updates):
         runner, metrics = update(runner)
     return runner, metrics
+
+
+def test_rollouts_that_pay_nothing_do_not_make_the_first_reward_huge():
+    """Scaled by the rollout that it came in, a reward of 1 among 16 x 8 steps is at most their root, 11.3."""
+    setup = probe_setup(PaysLate(), normalize_rewards=True, arch="mlp")
+    runner, collect = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)), fast_jit(ppo.collect_rollout, setup)
+    scale, largest = runner.reward_scale, []
+    for _ in range(8):
+        runner, rollout, _ = collect(runner)
+        reward, scale = ppo.scale_rewards(setup.args, scale, rollout)
+        largest.append(float(jnp.abs(reward).max()))
+    assert largest[:2] == [0.0, 0.0] and 1 < max(largest) < math.sqrt(16 * 8)
+    _, metrics = train_on(setup, 3)
+    assert float(metrics["value_loss"]) < 16 * 8
 
 
 class Endless(Probe):
