@@ -419,7 +419,8 @@ def update_episode(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Arra
         runner, _ = lax.scan(lambda runner, _: update(setup, runner, T, last=False), runner, length=full)
     runner, (metrics, last_reward) = update(setup, runner, L - full * T, last=True)
     metrics["return_mean"] = runner.so_far.mean()
-    history = lax.dynamic_update_slice(runner.history, jnp.stack([runner.so_far, last_reward], 1), (runner.finished, 0))
+    ended = jnp.stack([runner.so_far, last_reward], axis=1)  # (B, 2)
+    history = lax.dynamic_update_slice_in_dim(runner.history, ended, runner.finished, axis=0)
     return runner._replace(finished=runner.finished + batch, history=history), metrics
 
 
