@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ import popgym_jax
 import s5_common as common
 
 
-# ---- 2. Arguments ----------------------------------------------------------------------------------------------------
+# ---- 1. Arguments ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Args:
     """PPO with S5 on POPGym."""
@@ -84,8 +85,14 @@ class Args:
     eval_beside: tuple[str, ...] = ()  # evaluated run directories whose returns per trial join the picture
     list_envs: bool = False  # print the names of all environments and stop
 
-    batch_size = property(lambda self: self.num_envs * self.num_steps)
-    num_updates = property(lambda self: math.ceil(self.total_timesteps / self.batch_size))
+    @property
+    def batch_size(self) -> int:
+        """Steps of a rollout, in all environments together."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        return math.ceil(self.total_timesteps / self.batch_size)
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
@@ -101,16 +108,37 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "meta": {"preset": "meta", "total_timesteps": 12_000_000, "num_minibatches": 16}
-    | {"gamma": 0.998, "gae_lambda": 0.95, "ent_coef": 0.01, "obs_scale": 8.0},
-    "paper": {"preset": "paper", "total_timesteps": 15_000_000, "num_steps": 1024, "num_minibatches": 8}
-    | {"update_epochs": 30, "learning_rate": 5e-5, "anneal_lr": False, "gae_lambda": 1.0}
-    | {"normalize_rewards": False, "bootstrap_truncated": False, "decoder_layers": (128, 128)}
-    | {"s5_layers": 4, "s5_width": 256, "s5_state": 128, "s5_norm": False, "checkpoint_interval": 5},
+    "meta": {
+        "preset": "meta",
+        "total_timesteps": 12_000_000,
+        "num_minibatches": 16,
+        "gamma": 0.998,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.01,
+        "obs_scale": 8.0,
+    },
+    "paper": {
+        "preset": "paper",
+        "total_timesteps": 15_000_000,
+        "num_steps": 1024,
+        "num_minibatches": 8,
+        "update_epochs": 30,
+        "learning_rate": 5e-5,
+        "anneal_lr": False,
+        "gae_lambda": 1.0,
+        "normalize_rewards": False,
+        "bootstrap_truncated": False,
+        "decoder_layers": (128, 128),
+        "s5_layers": 4,
+        "s5_width": 256,
+        "s5_state": 128,
+        "s5_norm": False,
+        "checkpoint_interval": 5,
+    },
 }
 
 
-# ---- 3. Environment and what the agent sees of it --------------------------------------------------------------------
+# ---- 2. Environment and what the agent sees of it --------------------------------------------------------------------
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
     """Observation (B, O), previous action int (B,) or float (B, A), start flag (B,) -> float (B, O + A + 1).
 
@@ -123,23 +151,38 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
 
 def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
     """Fresh episodes: observations float (B, O), times --obs-scale, and environment states."""
-    obs, state = jax.vmap(setup.env.reset_env, (0, None))(jax.random.split(key, batch), setup.env_params)
+    keys = jax.random.split(key, batch)
+    obs, state = jax.vmap(setup.env.reset_env, (0, None))(keys, setup.env_params)
     return setup.args.obs_scale * obs, state
 
 
-def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> tuple[Array, Array, Any, Array, Array, Array]:
-    """Step all environments; where an episode ends, the next one begins.
+class EnvStep(NamedTuple):
+    """What a step of all environments gives; every leaf is (B, ...)."""
 
-    Returns next_obs, which opens a new episode where one ended; final_obs, which closes the old one, both times
-    --obs-scale; state; reward float (B,); terminated and truncated bool (B,).
-    """
-    keys, step = jax.random.split(key, len(action)), jax.vmap(setup.env.step, (0, 0, 0, None))
+    next_obs: Array  # opens a new episode where one ended, times --obs-scale
+    final_obs: Array  # closes the old one there, times --obs-scale
+    state: Any
+    reward: Array
+    terminated: Array
+    truncated: Array
+
+
+def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> EnvStep:
+    """Step all environments; where an episode ends, the next one begins."""
+    keys = jax.random.split(key, len(action))
+    step = jax.vmap(setup.env.step, (0, 0, 0, None))
     next_obs, state, reward, terminated, truncated, info = step(keys, state, action, setup.env_params)
-    next_obs, final_obs = (setup.args.obs_scale * obs for obs in (next_obs, info["final_observation"]))
-    return next_obs, final_obs, state, reward, terminated, truncated
+    return EnvStep(
+        next_obs=setup.args.obs_scale * next_obs,
+        final_obs=setup.args.obs_scale * info["final_observation"],
+        state=state,
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+    )
 
 
-# ---- 4. Network ------------------------------------------------------------------------------------------------------
+# ---- 3. Network ------------------------------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -154,7 +197,8 @@ class S5Layer(nn.Module):
     args: Args
 
     def setup(self):
-        H, P = self.args.s5_width, self.args.s5_state
+        H = self.args.s5_width
+        P = self.args.s5_state
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
@@ -166,7 +210,8 @@ class S5Layer(nn.Module):
             return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
-            low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
+            low = math.log(self.args.s5_dt_min)
+            high = math.log(self.args.s5_dt_max)
             return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
@@ -175,7 +220,8 @@ class S5Layer(nn.Module):
         self.C_tilde = self.param("C_tilde", init_C)
         self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
-        self.value, self.gate = nn.Dense(H), nn.Dense(H)
+        self.value = nn.Dense(H)
+        self.gate = nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
@@ -188,7 +234,8 @@ class S5Layer(nn.Module):
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         B_tilde = common.packed_to_complex(self.B_tilde).T
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
-        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
@@ -197,16 +244,20 @@ class S5Layer(nn.Module):
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
     def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
-        """u (T, B, H), start (T, B). Flattened to (T*B, H), as XLA multiplies matrices faster than stacks of them."""
-        (Lambda_bar, B_bar, C), shape, u = self.kernels(), u.shape, u.reshape(-1, u.shape[-1])
+        """u (T, B, H), start (T, B). XLA multiplies matrices faster than stacks of them."""
+        Lambda_bar, B_bar, C = self.kernels()
+        T, B, H = u.shape
+        u = u.reshape(T * B, H)
         v = self.norm(u)
-        drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
-        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
-        return x[-1], self.output(u, v, x.reshape(len(u), -1), C).reshape(shape)
+        drive = (v @ B_bar).reshape(T, B, -1)  # (T, B, 2P)
+        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)  # (T, B, 2P)
+        y = self.output(u, v, x.reshape(T * B, -1), C)
+        return x[-1], y.reshape(T, B, H)
 
-    def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
         """u (B, H), start (B,)."""
-        (Lambda_bar, B_bar, C), v = kernels, self.norm(u)
+        Lambda_bar, B_bar, C = kernels
+        v = self.norm(u)
         x = common.recurrence_step(Lambda_bar, carry, v @ B_bar, 1.0 - start)
         return x, self.output(u, v, x, C)
 
@@ -244,6 +295,14 @@ def make_memory(args: Args) -> list[nn.Module]:
     return [common.Memoryless(args.s5_width)]
 
 
+def dense_layers(widths: Sequence[int], gain: float) -> list:
+    """Layers of these widths, each followed by a leaky ReLU."""
+    layers: list = []
+    for width in widths:
+        layers += [nn.Dense(width, kernel_init=orthogonal(gain)), nn.leaky_relu]
+    return layers
+
+
 class ActorCritic(nn.Module):
     """Encoder, memory, policy and value decoders. Lu et al. 2023, appendix B.
 
@@ -255,43 +314,55 @@ class ActorCritic(nn.Module):
     discrete: bool
 
     def setup(self):
-        args, H, A = self.args, self.args.s5_width, self.num_actions
-
-        def mlp(widths, gain):
-            layers = [(nn.Dense(width, kernel_init=orthogonal(gain)), nn.leaky_relu) for width in widths]
-            return [module for layer in layers for module in layer]
-
-        self.encoder = nn.Sequential(mlp((*args.encoder_layers, H), math.sqrt(2)))
+        args = self.args
+        head = partial(nn.Dense, kernel_init=orthogonal(0.01))
+        self.encoder = nn.Sequential(dense_layers((*args.encoder_layers, args.s5_width), math.sqrt(2)))
         self.memory = make_memory(args)
-        self.actor = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(A, kernel_init=orthogonal(0.01))])
-        self.critic = nn.Sequential([*mlp(args.decoder_layers, 2.0), nn.Dense(1, kernel_init=orthogonal(1.0))])
-        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (A,), jnp.float32)
+        self.actor = nn.Sequential([*dense_layers(args.decoder_layers, 2.0), head(self.num_actions)])
+        value_head = nn.Dense(1, kernel_init=orthogonal(1.0))
+        self.critic = nn.Sequential([*dense_layers(args.decoder_layers, 2.0), value_head])
+        if not self.discrete:
+            zeros = nn.initializers.zeros
+            self.log_std = self.param("log_std", zeros, (self.num_actions,), jnp.float32)
 
     def kernels(self) -> list:
         """What ``step`` can reuse for as long as the parameters stay as they are."""
         return [layer.kernels() for layer in self.memory]
 
+    def resets(self, start: Array) -> Array:
+        """Where the memory is zeroed before it reads, like start."""
+        return jnp.zeros_like(start) if self.args.arch == "s5-noreset" else start
+
     def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
-        flat, resets, carry = obs.reshape(-1, obs.shape[-1]), start * (self.args.arch != "s5-noreset"), list(carry)
-        x = self.encoder(flat).reshape(*start.shape, -1)
-        for i, layer in enumerate(self.memory):
-            carry[i], x = layer.scan(carry[i], x, resets)
-        outputs = self.decode(x.reshape(len(flat), -1))
-        return carry, *jax.tree.map(lambda y: y.reshape(*start.shape, *y.shape[1:]), outputs)
+        """obs (T, B, .), start (T, B). Returns the carry, the policy and the value of every step."""
+        T, B = start.shape
+        x = self.encoder(obs.reshape(T * B, -1)).reshape(T, B, -1)
+        new_carry = []
+        for layer, layer_carry in zip(self.memory, carry, strict=True):
+            layer_carry, x = layer.scan(layer_carry, x, self.resets(start))
+            new_carry.append(layer_carry)
+        outputs = self.decode(x.reshape(T * B, -1))
+        policy, value = jax.tree.map(lambda y: y.reshape(T, B, *y.shape[1:]), outputs)
+        return new_carry, policy, value
 
     def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
-        x, resets, carry = self.encoder(obs), start * (self.args.arch != "s5-noreset"), list(carry)
-        for i, layer in enumerate(self.memory):
-            carry[i], x = layer.step(kernels[i], carry[i], x, resets)
-        return carry, *self.decode(x)
+        """obs (B, .), start (B,)."""
+        x = self.encoder(obs)
+        new_carry = []
+        for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
+            layer_carry, x = layer.step(layer_kernels, layer_carry, x, self.resets(start))
+            new_carry.append(layer_carry)
+        policy, value = self.decode(x)
+        return new_carry, policy, value
 
     def decode(self, x: Array) -> tuple[Policy, Array]:
+        """Policy and value (N,) of what the memory gives, (N, H)."""
         mean = self.actor(x)
         log_std = None if self.discrete else jnp.broadcast_to(self.log_std, mean.shape)
-        return Policy(mean, log_std), self.critic(x)[..., 0]
+        return Policy(mean=mean, log_std=log_std), self.critic(x)[..., 0]
 
 
-# ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
+# ---- 4. Pytrees ------------------------------------------------------------------------------------------------------
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -303,13 +374,20 @@ class Setup(NamedTuple):
     mesh: Mesh
 
 
+class RewardScale(NamedTuple):
+    """What rewards are divided by."""
+
+    mean_square: Array  # running mean square of the discounted return, float ()
+    rollouts: Array  # how many are in it, float ()
+
+
 class Runner(NamedTuple):
     """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of ``update``."""
 
     params: Any
     opt_state: Any
     key: Array  # raw PRNG key: orbax cannot store typed ones
-    reward_scale: tuple[Array, Array]  # running mean square of the discounted return, number of rollouts seen
+    reward_scale: RewardScale
     env_state: Any
     obs: Array  # (B, O + A + 1), what the agent reads next
     start: Array  # (B,), 1 where obs opens an episode
@@ -332,7 +410,7 @@ class Rollout(NamedTuple):
     so_far: dict[str, Array]  # as in Runner, this step included
 
 
-# ---- 6. Advantages and loss ------------------------------------------------------------------------------------------
+# ---- 5. Advantages and loss ------------------------------------------------------------------------------------------
 def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
 
@@ -354,7 +432,8 @@ def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) 
         return (advantage, value), advantage
 
     steps = (reward, rollout.value, terminated, done, rollout.final_value)
-    _, advantages = lax.scan(backward, (jnp.zeros_like(last_value), last_value), steps, reverse=True)
+    nothing_later = (jnp.zeros_like(last_value), last_value)
+    _, advantages = lax.scan(backward, nothing_later, steps, reverse=True)
     return advantages, advantages + rollout.value
 
 
@@ -365,23 +444,38 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
     L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy
     L_v = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
     """
-    args, eps = setup.args, setup.args.clip_coef
+    args = setup.args
+    eps = args.clip_coef
     _, policy, value = setup.network.apply(params, carry, batch.obs, batch.start, method="scan")
     log_ratio = policy.log_prob(batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
+
+    # policy
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - eps, 1 + eps) * advantages).mean()
+    clipped_ratio = jnp.clip(ratio, 1 - eps, 1 + eps)
+    policy_loss = -jnp.minimum(ratio * advantages, clipped_ratio * advantages).mean()
+
+    # value
     clipped_value = batch.value + jnp.clip(value - batch.value, -eps, eps)
     value_loss = 0.5 * jnp.maximum((value - returns) ** 2, (clipped_value - returns) ** 2).mean()
+
+    # entropy
     entropy = policy.entropy().mean()
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    metrics |= {"approx_kl": jnp.mean(ratio - 1 - log_ratio), "clip_frac": jnp.mean(jnp.abs(ratio - 1) > eps)}
-    metrics["explained_variance"] = 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
-    metrics["ratio_error"] = jnp.max(jnp.abs(ratio - 1))
-    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
+
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "approx_kl": jnp.mean(ratio - 1 - log_ratio),
+        "clip_frac": jnp.mean(jnp.abs(ratio - 1) > eps),
+        "explained_variance": 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8),
+        "ratio_error": jnp.max(jnp.abs(ratio - 1)),
+    }
+    return loss, metrics
 
 
-# ---- 7. Rollout and update -------------------------------------------------------------------------------------------
+# ---- 6. Rollout and update -------------------------------------------------------------------------------------------
 def make_setup(args: Args) -> Setup:
     """Environment, network, optimiser and devices for these flags. Raises UsageError."""
     try:
@@ -400,100 +494,145 @@ def make_setup(args: Args) -> Setup:
     steps = args.num_updates * args.update_epochs * args.num_minibatches
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
-    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
-    return Setup(args, env, env_params, network, optimizer, mesh)
+    return Setup(
+        args=args,
+        env=env,
+        env_params=env_params,
+        network=network,
+        optimizer=optimizer,
+        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+    )
 
 
 def init_runner(setup: Setup, key: Array) -> Runner:
     """Fresh parameters and environments for one agent."""
-    batch, network = setup.args.num_envs, setup.network
+    batch = setup.args.num_envs
+    network = setup.network
     params_key, env_key, key = jax.random.split(key, 3)
-    obs, env_state = reset_envs(setup, env_key, batch)
-    start, zeros = jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
+    zeros = jnp.zeros(batch, jnp.float32)
+    start = jnp.ones(batch, jnp.float32)
     no_action = jnp.zeros((batch, network.num_actions), jnp.float32)
-    obs = agent_input(obs, no_action, start, network.num_actions)
+    first_obs, env_state = reset_envs(setup, env_key, batch)
+    obs = agent_input(first_obs, no_action, start, network.num_actions)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
     params = network.init(params_key, carry, obs[None], start[None], method="scan")
-    so_far = {"return": zeros, "length": zeros, "discounted": zeros}
-    scale = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return Runner(params, setup.optimizer.init(params), key, scale, env_state, obs, start, carry, so_far)
+    return Runner(
+        params=params,
+        opt_state=setup.optimizer.init(params),
+        key=key,
+        reward_scale=RewardScale(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
+        env_state=env_state,
+        obs=obs,
+        start=start,
+        carry=carry,
+        so_far={"return": zeros, "length": zeros, "discounted": zeros},
+    )
 
 
 def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Array]:
     """Act for T steps. Returns the runner moved on, the rollout and the value of what comes next, (B,)."""
-    args, network = setup.args, setup.network
-    zeros = jnp.zeros(args.num_envs, jnp.float32)
-    act = partial(network.apply, runner.params, network.apply(runner.params, method="kernels"), method="step")
+    args = setup.args
+    network = setup.network
+    kernels = network.apply(runner.params, method="kernels")
+    act = partial(network.apply, runner.params, kernels, method="step")
     as_input = partial(agent_input, num_actions=network.num_actions)
+    zeros = jnp.zeros(args.num_envs, jnp.float32)
 
-    def step(runner, key):
+    def act_and_step(runner, key):
         action_key, env_key = jax.random.split(key)
-        obs, start = runner.obs, runner.start
-        carry, policy, value = act(runner.carry, obs, start)
+        carry, policy, value = act(runner.carry, runner.obs, runner.start)
         action = policy.sample(action_key)
-        transition = step_envs(setup, env_key, runner.env_state, action)
-        next_obs, final_obs, env_state, reward, terminated, truncated = transition
+        env = step_envs(setup, env_key, runner.env_state, action)
 
         def value_of_final():  # read with the carry from before the reset; the carry stays as it is
-            return jnp.where(truncated, act(carry, as_input(final_obs, action, zeros), zeros)[2], 0.0)
+            _, _, final_value = act(carry, as_input(env.final_obs, action, zeros), zeros)
+            return jnp.where(env.truncated, final_value, 0.0)
 
-        final_value = lax.cond(jnp.any(truncated) & args.bootstrap_truncated, value_of_final, lambda: zeros)
-        so_far = {"return": runner.so_far["return"] + reward, "length": runner.so_far["length"] + 1.0}
-        so_far["discounted"] = args.gamma * runner.so_far["discounted"] + reward
-        step = (obs, start, action, policy.log_prob(action), value, reward, terminated, truncated, final_value, so_far)
-        start = (terminated | truncated).astype(jnp.float32)
-        runner = runner._replace(env_state=env_state, carry=carry, obs=as_input(next_obs, action, start), start=start)
-        return runner._replace(so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far)), Rollout(*step)
+        cut_off = jnp.any(env.truncated) & args.bootstrap_truncated
+        so_far = {
+            "return": runner.so_far["return"] + env.reward,
+            "length": runner.so_far["length"] + 1.0,
+            "discounted": args.gamma * runner.so_far["discounted"] + env.reward,
+        }
+        step = Rollout(
+            obs=runner.obs,
+            start=runner.start,
+            action=action,
+            log_prob=policy.log_prob(action),
+            value=value,
+            reward=env.reward,
+            terminated=env.terminated,
+            truncated=env.truncated,
+            final_value=lax.cond(cut_off, value_of_final, lambda: zeros),
+            so_far=so_far,
+        )
+        start = (env.terminated | env.truncated).astype(jnp.float32)
+        runner = runner._replace(
+            env_state=env.state,
+            obs=as_input(env.next_obs, action, start),
+            start=start,
+            carry=carry,
+            so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far),
+        )
+        return runner, step
 
     key, steps_key = jax.random.split(runner.key)
-    runner, rollout = lax.scan(step, runner, jax.random.split(steps_key, args.num_steps))
-    return runner._replace(key=key), rollout, act(runner.carry, runner.obs, runner.start)[2]
+    runner, rollout = lax.scan(act_and_step, runner, jax.random.split(steps_key, args.num_steps))
+    _, _, last_value = act(runner.carry, runner.obs, runner.start)
+    return runner._replace(key=key), rollout, last_value
 
 
-def scale_rewards(args: Args, scale: tuple[Array, Array], rollout: Rollout) -> tuple[Array, tuple[Array, Array]]:
+def scale_rewards(args: Args, scale: RewardScale, rollout: Rollout) -> tuple[Array, RewardScale]:
     """Rewards divided by the root mean square of the discounted return, and the scale for the next rollout.
 
-    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from; until one has
-    paid, which begins the mean, it is the rollout's own.
+    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from;
+    until one has paid, which begins the mean, it is the rollout's own.
     Deviation: the paper does not scale; rewards reach from 1/1024 to 1 between the tasks.
     """
     if not args.normalize_rewards:
         return rollout.reward, scale
-    mean_square, count = scale
     now = jnp.mean(rollout.so_far["discounted"] ** 2)
-    mean_square = jnp.where(count == 0, now, mean_square)
-    later = mean_square + jnp.maximum(1.0 / (count + 1.0), 0.05) * (now - mean_square)
-    later_count = jnp.where(later > 0, count + 1.0, 0.0)
-    return rollout.reward / jnp.sqrt(mean_square + 1e-8), (later, later_count)
+    mean_square = jnp.where(scale.rollouts == 0, now, scale.mean_square)
+    weight = jnp.maximum(1.0 / (scale.rollouts + 1.0), 0.05)
+    later = mean_square + weight * (now - mean_square)
+    rollouts = jnp.where(later > 0, scale.rollouts + 1.0, 0.0)
+    return rollout.reward / jnp.sqrt(mean_square + 1e-8), RewardScale(later, rollouts)
 
 
-def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     """One rollout, then epochs of minibatches that permute environments, never time."""
-    args, first_carry = setup.args, runner.carry
+    args = setup.args
+    first_carry = runner.carry
     runner, rollout, last_value = collect_rollout(setup, runner)
     reward, reward_scale = scale_rewards(args, runner.reward_scale, rollout)
-    data = (rollout, *compute_gae(args, rollout, reward, last_value))
+    advantages, returns = compute_gae(args, rollout, reward, last_value)
+    data = (rollout, advantages, returns)
 
     def minibatch_update(learner, environments):
         params, opt_state = learner
         batch = jax.tree.map(lambda x: x[:, environments], data)
         if args.num_devices > 1:
-            batch = lax.with_sharding_constraint(batch, NamedSharding(setup.mesh, PartitionSpec(None, "env")))
+            over_envs = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
+            batch = lax.with_sharding_constraint(batch, over_envs)
         carry = jax.tree.map(lambda x: x[environments], first_carry)
         (_, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, setup, carry, *batch)
-        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), metrics
 
     def epoch(learner, key):
         environments = jnp.arange(args.num_envs, dtype=jnp.int32)
-        order = jax.random.permutation(key, environments).reshape(args.num_minibatches, -1)
-        return lax.scan(minibatch_update, learner, order)
+        order = jax.random.permutation(key, environments)
+        return lax.scan(minibatch_update, learner, order.reshape(args.num_minibatches, -1))
 
     key, epochs_key = jax.random.split(runner.key)
+    epoch_keys = jax.random.split(epochs_key, args.update_epochs)
     learner = (runner.params, runner.opt_state)
-    (params, opt_state), metrics = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
-    ratio_error = metrics.pop("ratio_error")
+    (params, opt_state), metrics = lax.scan(epoch, learner, epoch_keys)
+    runner = runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale)
+
+    ratio_error = metrics.pop("ratio_error")  # (epochs, minibatches)
     ended = rollout.terminated | rollout.truncated
     episodes = ended.sum(dtype=jnp.int32)
     metrics = {
@@ -503,7 +642,7 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
         "return_mean": common.Mean(jnp.sum(rollout.so_far["return"] * ended), episodes),
         "length_mean": common.Mean(jnp.sum(rollout.so_far["length"] * ended), episodes),
     }
-    return runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale), metrics
+    return runner, metrics
 
 
 def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
@@ -513,10 +652,20 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
 
 
 def placement(setup: Setup) -> Runner:
-    """Where a Runner's leaves lie: parameters and keys on every device, the environments spread over the devices."""
+    """Where a Runner's leaves lie: what learns on every device, the environments spread over them."""
     everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
-    over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
-    return Runner(*[everywhere] * 4, *[over_envs] * 5)
+    over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))  # after the seeds
+    return Runner(
+        params=everywhere,
+        opt_state=everywhere,
+        key=everywhere,
+        reward_scale=everywhere,
+        env_state=over_envs,
+        obs=over_envs,
+        start=over_envs,
+        carry=over_envs,
+        so_far=over_envs,
+    )
 
 
 def init_runners(setup: Setup) -> Runner:
@@ -534,7 +683,7 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
 
 
-# ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
+# ---- 7. Evaluation ---------------------------------------------------------------------------------------------------
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
     envs = jnp.arange(setup.args.eval_episodes, dtype=jnp.int32)
@@ -621,7 +770,7 @@ def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-# ---- 9. Training and command line ------------------------------------------------------------------------------------
+# ---- 8. Training and command line ------------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
     setup = make_setup(args)

@@ -262,7 +262,7 @@ def test_entropy_bonus_and_value_weight_reach_the_loss(cartpole):
 def test_reward_scale_is_frozen_for_a_rollout_and_is_the_mean_of_those_before():
     """Rollout k is divided by the root of the mean of the earlier rollouts' mean squares; the first by its own."""
     args, rng = tiny_args(), np.random.default_rng(0)
-    scale, squares = (jnp.zeros(()), jnp.zeros(())), []
+    scale, squares = ppo.RewardScale(jnp.zeros(()), jnp.zeros(())), []
     for k in range(8):
         size = 10.0 ** rng.uniform(-3, 1)
         reward, discounted = rng.normal(size=(16, 4)) * size, rng.normal(size=(16, 4)) * size
