@@ -13,10 +13,12 @@ B environments begin and end theirs together. Departures from the paper are mark
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import s5_common as common
 
 
-# ---- 2. Arguments ----------------------------------------------------------------------------------------------------
+# ---- 1. Arguments ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Args:
     """A2C with S5 on bsuite."""
@@ -85,21 +87,34 @@ class Args:
         """Raise UsageError for values that cannot work."""
         zero = ("seed", "mapping_seed", "num_distractors", "ent_coef", "vf_coef", "gamma", "td_lambda")
         common.check_args(self, zero, at_most={"gamma": 1, "td_lambda": 1})
-        if self.num_envs % (n := self.num_devices):
-            raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of --num-devices {n}")
+        if self.num_envs % self.num_devices:
+            devices = f"--num-devices {self.num_devices}"
+            raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {devices}")
         if self.sweep and self.sweep not in SWEEPS:
             raise common.UsageError(f"--sweep {self.sweep}: must be one of {', '.join(SWEEPS)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"preset": "paper", "num_episodes": 10_000, "num_envs": 1, "num_steps": 32, "learning_rate": 3e-4}
-    | {"anneal_lr": False, "encoder_layers": (256,), "s5_width": 256, "s5_state": 128}
-    | {"s5_dt_min": 1e-3, "s5_dt_max": 1e-1, "s5_gain": False, "s5_norm": False},
+    "paper": {
+        "preset": "paper",
+        "num_episodes": 10_000,
+        "num_envs": 1,
+        "num_steps": 32,
+        "learning_rate": 3e-4,
+        "anneal_lr": False,
+        "encoder_layers": (256,),
+        "s5_width": 256,
+        "s5_state": 128,
+        "s5_dt_min": 1e-3,
+        "s5_dt_max": 1e-1,
+        "s5_gain": False,
+        "s5_norm": False,
+    },
 }
 
 
-# ---- 3. Environments, as bsuite defines them -------------------------------------------------------------------------
+# ---- 2. Environments, as bsuite defines them -------------------------------------------------------------------------
 class Task(NamedTuple):
     """A bsuite task: gymnax's environment, and what gymnax leaves out or does differently."""
 
@@ -109,13 +124,25 @@ class Task(NamedTuple):
     fixed: dict[str, Array]  # parts of the state that are the same in all episodes
 
 
-TASKS: dict[str, Any] = {  # arguments of gymnax's environment, steps of an episode, parameters that say so
-    "MemoryChain": lambda a: ({"num_bits": a.num_bits}, a.memory_length + 1, {"memory_length": a.memory_length}),
-    "UmbrellaChain": lambda a: ({"n_distractor": a.num_distractors}, a.chain_length, {"chain_length": a.chain_length}),
-    "DiscountingChain": lambda a: ({"mapping_seed": a.mapping_seed % 5}, 100, {}),
-    "Catch": lambda a: ({}, 9, {}),
-    "DeepSea": lambda a: ({"size": a.size}, a.size, {}),
-    "SimpleBandit": lambda a: ({}, 1, {}),
+class Recipe(NamedTuple):
+    """How to make a task from the flags."""
+
+    arguments: dict[str, Any]  # of gymnax's environment
+    length: int  # steps of an episode
+    parameters: dict[str, Any]  # of gymnax's environment, which say so
+
+
+TASKS: dict[str, Callable[[Args], Recipe]] = {
+    "MemoryChain": lambda args: Recipe(
+        {"num_bits": args.num_bits}, args.memory_length + 1, {"memory_length": args.memory_length}
+    ),
+    "UmbrellaChain": lambda args: Recipe(
+        {"n_distractor": args.num_distractors}, args.chain_length, {"chain_length": args.chain_length}
+    ),
+    "DiscountingChain": lambda args: Recipe({"mapping_seed": args.mapping_seed % 5}, 100, {}),
+    "Catch": lambda args: Recipe({}, 9, {}),
+    "DeepSea": lambda args: Recipe({"size": args.size}, args.size, {}),
+    "SimpleBandit": lambda args: Recipe({}, 1, {}),
 }
 
 
@@ -128,37 +155,41 @@ def make_task(args: Args) -> Task:
     if args.env not in TASKS:
         why = "its images would have to be downloaded" if args.env == "MNISTBandit" else "unknown"
         raise common.UsageError(f"--env {args.env}: {why}; must be one of {', '.join(TASKS)}")
-    arguments, length, parameters = TASKS[args.env](args)
+    recipe = TASKS[args.env](args)
     with jax.enable_x64(False):
-        env, params = gymnax.make(f"{args.env}-bsuite", **arguments)
-    random, fixed = np.random.RandomState(args.mapping_seed), {}
+        env, params = gymnax.make(f"{args.env}-bsuite", **recipe.arguments)
+    random = np.random.RandomState(args.mapping_seed)
+    fixed = {}
     if args.env == "DeepSea":  # bsuite maps the actions with numpy's random numbers, gymnax with its own
-        env.action_mapping = jnp.asarray(random.binomial(1, 0.5, [length, length]), jnp.int32)
+        env.action_mapping = jnp.asarray(random.binomial(1, 0.5, [args.size, args.size]), jnp.int32)
     if args.env == "SimpleBandit":  # bsuite draws the arms once, from the mapping seed, gymnax in every episode
         order = random.choice(range(env.num_actions), env.num_actions, replace=False)
         fixed["rewards"] = jnp.linspace(0, 1, env.num_actions, dtype=jnp.float32)[order]
-    return Task(env, params.replace(**parameters), length, fixed)
+    params = params.replace(**recipe.parameters)
+    return Task(env=env, env_params=params, length=recipe.length, fixed=fixed)
 
 
 def reset_envs(task: Task, key: Array, batch: int) -> tuple[Array, Any]:
     """Fresh episodes: observations float (B, O) and environment states."""
+    keys = jax.random.split(key, batch)
     with jax.enable_x64(False):
-        obs, state = jax.vmap(task.env.reset_env, (0, None))(jax.random.split(key, batch), task.env_params)
+        obs, state = jax.vmap(task.env.reset_env, (0, None))(keys, task.env_params)
     fixed = {name: jnp.broadcast_to(x, (batch, *x.shape)) for name, x in task.fixed.items()}
     return obs.reshape(batch, -1).astype(jnp.float32), state.replace(**fixed)
 
 
 def step_envs(task: Task, key: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
     """Observations float (B, O), states, rewards float (B,)."""
-    keys = jax.random.split(key, len(action))
+    batch = len(action)
+    keys = jax.random.split(key, batch)
     step = jax.vmap(task.env.step_env, (0, 0, 0, None))
     with jax.enable_x64(False):
         obs, new_state, reward, _, _ = step(keys, state, action, task.env_params)
         new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
-    return obs.reshape(len(action), -1).astype(jnp.float32), new_state, reward.astype(jnp.float32)
+    return obs.reshape(batch, -1).astype(jnp.float32), new_state, reward.astype(jnp.float32)
 
 
-# ---- 4. Network ------------------------------------------------------------------------------------------------------
+# ---- 3. Network ------------------------------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -173,7 +204,8 @@ class S5Layer(nn.Module):
     args: Args
 
     def setup(self):
-        H, P = self.args.s5_width, self.args.s5_state
+        H = self.args.s5_width
+        P = self.args.s5_state
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
@@ -185,7 +217,8 @@ class S5Layer(nn.Module):
             return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
-            low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
+            low = math.log(self.args.s5_dt_min)
+            high = math.log(self.args.s5_dt_max)
             return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
@@ -194,7 +227,8 @@ class S5Layer(nn.Module):
         self.C_tilde = self.param("C_tilde", init_C)
         self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
-        self.value, self.gate = nn.Dense(H), nn.Dense(H)
+        self.value = nn.Dense(H)
+        self.gate = nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
@@ -205,11 +239,13 @@ class S5Layer(nn.Module):
         P = self.args.s5_state
         # Deviation: the real part stays negative; the released code lets training push modes into growth.
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
-        step, B_tilde = jnp.exp(self.log_step), common.packed_to_complex(self.B_tilde).T
+        step = jnp.exp(self.log_step)
+        B_tilde = common.packed_to_complex(self.B_tilde).T
         # Deviation: zero-order hold makes B_bar as small as the time step, and so what a slow state keeps of a bit.
         B_tilde *= (self.args.s5_dt_max / step)[:, None] if self.args.s5_gain else 1.0
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, step)
-        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
@@ -218,16 +254,20 @@ class S5Layer(nn.Module):
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
     def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
-        """u (T, B, H), start (T, B). Flattened to (T*B, H), as XLA multiplies matrices faster than stacks of them."""
-        (Lambda_bar, B_bar, C), shape, u = self.kernels(), u.shape, u.reshape(-1, u.shape[-1])
+        """u (T, B, H), start (T, B). XLA multiplies matrices faster than stacks of them."""
+        Lambda_bar, B_bar, C = self.kernels()
+        T, B, H = u.shape
+        u = u.reshape(T * B, H)
         v = self.norm(u)
-        drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
-        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
-        return x[-1], self.output(u, v, x.reshape(len(u), -1), C).reshape(shape)
+        drive = (v @ B_bar).reshape(T, B, -1)  # (T, B, 2P)
+        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)  # (T, B, 2P)
+        y = self.output(u, v, x.reshape(T * B, -1), C)
+        return x[-1], y.reshape(T, B, H)
 
-    def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
         """u (B, H), start (B,)."""
-        (Lambda_bar, B_bar, C), v = kernels, self.norm(u)
+        Lambda_bar, B_bar, C = kernels
+        v = self.norm(u)
         x = common.recurrence_step(Lambda_bar, carry, v @ B_bar, 1.0 - start)
         return x, self.output(u, v, x, C)
 
@@ -251,26 +291,40 @@ class ActorCritic(nn.Module):
     length: int
 
     def setup(self):
-        widths = (*self.args.encoder_layers, self.args.s5_width)
-        self.encoder = nn.Sequential([module for width in widths for module in (nn.Dense(width), nn.relu)])
+        layers: list = []
+        for width in (*self.args.encoder_layers, self.args.s5_width):
+            layers += [nn.Dense(width), nn.relu]
+        self.encoder = nn.Sequential(layers)
         self.memory = make_memory(self.args, self.length)
-        self.actor, self.critic = nn.Dense(self.num_actions), nn.Dense(1)
+        self.actor = nn.Dense(self.num_actions)
+        self.critic = nn.Dense(1)
 
     def kernels(self) -> list:
-        """What acting can reuse for as long as the parameters stay as they are."""
+        """What ``step`` can reuse for as long as the parameters stay as they are."""
         return [layer.kernels() for layer in self.memory]
 
-    def __call__(self, carry: list, obs: Array, start: Array, kernels: Any = None) -> tuple[list, Array, Array]:
-        """Carry, logits, values of a sequence (T, B, O), to learn, or with ``kernels`` of one step (B, O), to act."""
-        shape, x, carry = start.shape, self.encoder(obs.reshape(-1, obs.shape[-1])), list(carry)
-        for i, layer in enumerate(self.memory):
-            read = partial(layer.step, kernels[i]) if kernels else layer.scan
-            carry[i], x = read(carry[i], x.reshape(*shape, -1), start)
-        x = x.reshape(-1, x.shape[-1])
-        return carry, self.actor(x).reshape(*shape, -1), self.critic(x).reshape(shape)
+    def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Array, Array]:
+        """To learn: obs (T, B, O), start (T, B). Returns the carry, logits (T, B, A), values (T, B)."""
+        T, B = start.shape
+        x = self.encoder(obs.reshape(T * B, -1))
+        new_carry = []
+        for layer, layer_carry in zip(self.memory, carry, strict=True):
+            layer_carry, x = layer.scan(layer_carry, x.reshape(T, B, -1), start)
+            new_carry.append(layer_carry)
+        x = x.reshape(T * B, -1)
+        return new_carry, self.actor(x).reshape(T, B, -1), self.critic(x).reshape(T, B)
+
+    def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Array, Array]:
+        """To act: obs (B, O), start (B,). Returns the carry, logits (B, A), values (B,)."""
+        x = self.encoder(obs)
+        new_carry = []
+        for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
+            layer_carry, x = layer.step(layer_kernels, layer_carry, x, start)
+            new_carry.append(layer_carry)
+        return new_carry, self.actor(x), self.critic(x)[..., 0]
 
 
-# ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
+# ---- 4. Pytrees ------------------------------------------------------------------------------------------------------
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -307,7 +361,7 @@ class Segment(NamedTuple):
     reward: Array
 
 
-# ---- 6. Returns and loss ---------------------------------------------------------------------------------------------
+# ---- 5. Returns and loss ---------------------------------------------------------------------------------------------
 def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array) -> Array:
     """The TD(lambda) return (Sutton and Barto 2018, section 12.1), float (T, B), of reward and value (T, B).
 
@@ -333,17 +387,32 @@ def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap:
     carry: the memory before the segment.
     """
     args = setup.args
-    _, logits, value = setup.network.apply(params, carry, segment.obs, segment.start)
-    error = td_lambda_returns(args, segment.reward, lax.stop_gradient(value), bootstrap) - value
+    _, logits, value = setup.network.apply(params, carry, segment.obs, segment.start, method="scan")
+    constant_value = lax.stop_gradient(value)
+    returns = td_lambda_returns(args, segment.reward, constant_value, bootstrap)
+    error = returns - value
+
+    # policy
     log_pi = nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_pi, segment.action[..., None], axis=-1)[..., 0]
-    policy_loss, value_loss = -jnp.mean(log_prob * lax.stop_gradient(error)), jnp.mean(error**2)
+    policy_loss = -jnp.mean(log_prob * lax.stop_gradient(error))
+
+    # value
+    value_loss = jnp.mean(error**2)
+
+    # entropy
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1))
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
+
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+    }
+    return loss, metrics
 
 
-# ---- 7. Segment, update, episode -------------------------------------------------------------------------------------
+# ---- 6. Segment, update, episode -------------------------------------------------------------------------------------
 def make_setup(args: Args) -> Setup:
     """Task, network, optimiser and devices for these flags. Raises UsageError."""
     task = make_task(args)
@@ -355,48 +424,73 @@ def make_setup(args: Args) -> Setup:
     steps = rows * rounds * math.ceil(task.length / args.num_steps)
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
-    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
-    return Setup(args, task, network, optimizer, mesh, rounds, rows)
+    return Setup(
+        args=args,
+        task=task,
+        network=network,
+        optimizer=optimizer,
+        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+        rounds=rounds,
+        rows=rows,
+    )
 
 
 def begin_episodes(setup: Setup, runner: Runner, batch: int) -> Runner:
     """The runner at the start of new episodes, environments and memories spread over the devices."""
     reset_key, key = jax.random.split(runner.key)
     obs, env_state = reset_envs(setup.task, reset_key, batch)
-    carry = [layer.initial_carry(batch) for layer in make_memory(setup.args, setup.task.length)]
-    ones, zeros = jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
-    episodes = {"env_state": env_state, "obs": obs, "start": ones, "carry": carry, "so_far": zeros}
-    spread = lax.with_sharding_constraint(episodes, NamedSharding(setup.mesh, PartitionSpec("env")))
-    return runner._replace(key=key, **spread)
+    episodes = {
+        "env_state": env_state,
+        "obs": obs,
+        "start": jnp.ones(batch, jnp.float32),
+        "carry": [layer.initial_carry(batch) for layer in make_memory(setup.args, setup.task.length)],
+        "so_far": jnp.zeros(batch, jnp.float32),
+    }
+    over_envs = NamedSharding(setup.mesh, PartitionSpec("env"))
+    return runner._replace(key=key, **lax.with_sharding_constraint(episodes, over_envs))
 
 
 def init_runner(setup: Setup, seed: Array) -> Runner:
     """Fresh parameters and episodes for one agent."""
     params_key, key = jax.random.split(jax.random.PRNGKey(seed))
-    history = jnp.zeros((setup.rows * setup.rounds * setup.args.num_envs, 2), jnp.float32)
-    empty: Any = dict.fromkeys(Runner._fields)
-    empty = Runner(**empty | {"key": key, "finished": jnp.zeros((), jnp.int32), "history": history})
-    runner = begin_episodes(setup, empty, setup.args.num_envs)
-    params = setup.network.init(params_key, runner.carry, runner.obs[None], runner.start[None])
+    episodes = setup.rows * setup.rounds * setup.args.num_envs
+    nothing_yet: dict[str, Any] = dict.fromkeys(Runner._fields)
+    runner = Runner(**nothing_yet)._replace(
+        key=key,
+        finished=jnp.zeros((), jnp.int32),
+        history=jnp.zeros((episodes, 2), jnp.float32),
+    )
+    runner = begin_episodes(setup, runner, setup.args.num_envs)
+    network = setup.network
+    params = network.init(params_key, runner.carry, runner.obs[None], runner.start[None], method="scan")
     return runner._replace(params=params, opt_state=setup.optimizer.init(params))
 
 
 def collect_segment(setup: Setup, runner: Runner, T: int) -> tuple[Runner, Segment, Array]:
     """Act for T steps. Returns the runner moved on, the segment, and the value of what follows, (B,)."""
-    kernels = setup.network.apply(runner.params, method="kernels")
-    act = partial(setup.network.apply, runner.params, kernels=kernels)
+    network = setup.network
+    kernels = network.apply(runner.params, method="kernels")
+    act = partial(network.apply, runner.params, kernels, method="step")
 
-    def step(runner, key):
-        (action_key, env_key), obs, start = jax.random.split(key), runner.obs, runner.start
-        carry, logits, _ = act(runner.carry, obs, start)
+    def act_and_step(runner, key):
+        action_key, env_key = jax.random.split(key)
+        carry, logits, _ = act(runner.carry, runner.obs, runner.start)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         next_obs, env_state, reward = step_envs(setup.task, env_key, runner.env_state, action)
-        runner = runner._replace(env_state=env_state, obs=next_obs, start=jnp.zeros_like(start), carry=carry)
-        return runner._replace(so_far=runner.so_far + reward), Segment(obs, start, action, reward)
+        step = Segment(obs=runner.obs, start=runner.start, action=action, reward=reward)
+        runner = runner._replace(
+            env_state=env_state,
+            obs=next_obs,
+            start=jnp.zeros_like(runner.start),
+            carry=carry,
+            so_far=runner.so_far + reward,
+        )
+        return runner, step
 
     key, steps_key = jax.random.split(runner.key)
-    runner, segment = lax.scan(step, runner, jax.random.split(steps_key, T))
-    return runner._replace(key=key), segment, act(runner.carry, runner.obs, runner.start)[2]
+    runner, segment = lax.scan(act_and_step, runner, jax.random.split(steps_key, T))
+    _, _, following_value = act(runner.carry, runner.obs, runner.start)
+    return runner._replace(key=key), segment, following_value
 
 
 def update(setup: Setup, runner: Runner, T: int, last: bool) -> tuple[Runner, tuple[dict[str, Array], Array]]:
@@ -404,24 +498,27 @@ def update(setup: Setup, runner: Runner, T: int, last: bool) -> tuple[Runner, tu
     first_carry = runner.carry
     runner, segment, value = collect_segment(setup, runner, T)
     bootstrap = jnp.zeros_like(value) if last else value  # an episode's last step terminates it
-    grads, metrics = jax.grad(a2c_loss, has_aux=True)(runner.params, setup, first_carry, segment, bootstrap)
-    updates, opt_state = setup.optimizer.update(grads, runner.opt_state, runner.params)
+    gradient = jax.grad(a2c_loss, has_aux=True)
+    grads, metrics = gradient(runner.params, setup, first_carry, segment, bootstrap)
     metrics["grad_norm"] = optax.tree.norm(grads)
+    updates, opt_state = setup.optimizer.update(grads, runner.opt_state, runner.params)
     params = optax.apply_updates(runner.params, updates)
     return runner._replace(params=params, opt_state=opt_state), (metrics, segment.reward[-1])
 
 
 def update_episode(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
     """One episode in each environment: segments of T steps, a last one of what is left. Metrics are the last one's."""
-    T, L, batch = setup.args.num_steps, setup.task.length, setup.args.num_envs
-    full, runner = math.ceil(L / T) - 1, begin_episodes(setup, runner, batch)
+    T = setup.args.num_steps
+    L = setup.task.length
+    full = math.ceil(L / T) - 1  # segments before the last one
+    runner = begin_episodes(setup, runner, setup.args.num_envs)
     if full:
         runner, _ = lax.scan(lambda runner, _: update(setup, runner, T, last=False), runner, length=full)
     runner, (metrics, last_reward) = update(setup, runner, L - full * T, last=True)
     metrics["return_mean"] = runner.so_far.mean()
     ended = jnp.stack([runner.so_far, last_reward], axis=1)  # (B, 2)
     history = lax.dynamic_update_slice_in_dim(runner.history, ended, runner.finished, axis=0)
-    return runner._replace(finished=runner.finished + batch, history=history), metrics
+    return runner._replace(finished=runner.finished + setup.args.num_envs, history=history), metrics
 
 
 def for_each_seed(setup: Setup, function: Any) -> Any:
@@ -448,15 +545,18 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=everywhere)
 
 
-# ---- 8. Evaluation and bsuite's way of reporting ---------------------------------------------------------------------
+# ---- 7. Evaluation and bsuite's way of reporting ---------------------------------------------------------------------
 def print_evaluation(args: Args) -> None:
     """Play with the newest checkpoint of --eval, from a fixed key: mean, standard error, quantiles for each seed."""
-    setup, run = make_setup(args), common.RunDirectory(args, args.env, "a2c_s5_bsuite")
+    setup = make_setup(args)
+    run = common.RunDirectory(args, args.env, "a2c_s5_bsuite")
     runners = run.restore(init_runners(setup))
 
     def play(runner):  # one episode in each of eval_episodes environments, actions sampled
-        runner = begin_episodes(setup, runner._replace(key=jax.random.PRNGKey(2303_03982)), args.eval_episodes)
-        return collect_segment(setup, runner, setup.task.length)[0].so_far
+        runner = runner._replace(key=jax.random.PRNGKey(2303_03982))
+        runner = begin_episodes(setup, runner, args.eval_episodes)
+        runner, _, _ = collect_segment(setup, runner, setup.task.length)
+        return runner.so_far
 
     results = np.asarray(jax.jit(for_each_seed(setup, play))(runners))  # (S, E)
     for seed, returns in zip(run.seeds, results, strict=True):
@@ -485,26 +585,43 @@ def write_bsuite_log(path: Path, env: str, length: int, history: np.ndarray) -> 
 
     history: return and last reward of all episodes, (episodes, 2); a positive last reward is a success
     """
-    steps, rows = (10, 12, 14, 17, 20, 25, *range(30, 100, 10)), []
+    steps = (10, 12, 14, 17, 20, 25, *range(30, 100, 10))
     due = [10**k * step // 10 for k in range(8) for step in steps if 10**k * step % 10 == 0]
-    for n in (n for n in due if n <= len(history)):
-        total, successes = float(history[:n, 0].sum()), int((history[:n, 1] > 0).sum())
-        row = {"steps": n * length, "episode": n, "total_return": total, "episode_len": length}
-        row["episode_return"] = float(history[n - 1, 0])
+    rows = []
+    for n in due:
+        if n > len(history):
+            break
+        total = float(history[:n, 0].sum())
+        successes = int((history[:n, 1] > 0).sum())
+        row = {
+            "steps": n * length,
+            "episode": n,
+            "total_return": total,
+            "episode_len": length,
+            "episode_return": float(history[n - 1, 0]),
+        }
         # what bsuite's own environments count besides, and its analysis scores
-        row |= {"total_perfect": successes} if env == "MemoryChain" else {}
-        row |= {"total_regret": 2 * (n - successes)} if env in ("MemoryChain", "UmbrellaChain", "Catch") else {}
-        row |= {"total_regret": n - total} if env == "SimpleBandit" else {}
-        row |= {"total_bad_episodes": n - successes, "denoised_return": successes} if env == "DeepSea" else {}
-        rows.append(",".join(map(str, row.values())))
-    path.write_text("\n".join([",".join(row), *rows, ""]))
+        if env == "MemoryChain":
+            row["total_perfect"] = successes
+        if env in ("MemoryChain", "UmbrellaChain", "Catch"):
+            row["total_regret"] = 2 * (n - successes)
+        if env == "SimpleBandit":
+            row["total_regret"] = n - total
+        if env == "DeepSea":
+            row["total_bad_episodes"] = n - successes
+            row["denoised_return"] = successes
+        rows.append(row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-# ---- 9. Training and command line ------------------------------------------------------------------------------------
+# ---- 8. Training and command line ------------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
-    setup, run = make_setup(args), common.RunDirectory(args, args.env, "a2c_s5_bsuite")
-    with run:
+    setup = make_setup(args)
+    with common.RunDirectory(args, args.env, "a2c_s5_bsuite") as run:
         runners = run.restore(init_runners(setup))
         step = compile_update(setup, runners)
         run.compiled(setup.rows, steps=setup.rounds * args.num_envs * setup.task.length)

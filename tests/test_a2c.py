@@ -186,9 +186,9 @@ def test_acting_and_learning_see_the_same_network(arch):
     kernels = setup.network.apply(params, method="kernels")
     for runner, segment, following in played:
         carry, start = runner.carry, segment.start
-        end, logits, values = setup.network.apply(params, carry, segment.obs, start)
+        end, logits, values = setup.network.apply(params, carry, segment.obs, start, method="scan")
         for t in range(4):
-            carry, now, value = setup.network.apply(params, carry, segment.obs[t], start[t], kernels=kernels)
+            carry, now, value = setup.network.apply(params, kernels, carry, segment.obs[t], start[t], method="step")
             np.testing.assert_allclose(now, logits[t], atol=1e-5)
             np.testing.assert_allclose(value, values[t], atol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), carry, end)
@@ -196,7 +196,7 @@ def test_acting_and_learning_see_the_same_network(arch):
     # the value that the first segment is bootstrapped from is that of the second's first observation
     runner, segment, _ = played[1]
     np.testing.assert_array_equal(runner.obs, segment.obs[0])
-    first_value = setup.network.apply(params, runner.carry, segment.obs, segment.start)[2][0]
+    first_value = setup.network.apply(params, runner.carry, segment.obs, segment.start, method="scan")[2][0]
     np.testing.assert_allclose(played[0][2], first_value, atol=1e-5)
 
 
