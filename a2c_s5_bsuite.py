@@ -39,49 +39,159 @@ import s5_common as common
 
 # ---- 1. Arguments ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Args:
-    """A2C with S5 on bsuite."""
+class RunFlags:
+    """The run: what is trained, where it is kept."""
 
-    env: str = "MemoryChain"  # a bsuite task, see --list-envs
-    preset: Literal["default", "paper"] = "default"  # values to begin from: for a laptop, or the paper's; flags win
-    arch: Literal["s5", "lstm", "gru", "attention", "mlp"] = "s5"  # the memory
-    seed: int = 0  # seed of the first agent
-    num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    num_episodes: int = 15_000  # episodes for each agent, in all environments together
-    num_envs: int = 16  # parallel environments B
-    num_steps: int = 4096  # longest segment T to learn from; gradients reach no further back, the memory does
-    learning_rate: float = 1e-3  # Adam step size
-    anneal_lr: bool = True  # bring the step size to zero linearly over the run
-    gamma: float = 0.99  # discount
-    td_lambda: float = 0.9  # lambda of the TD(lambda) return
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 1.0  # weight of the value loss
-    max_grad_norm: float = 1e6  # gradients are scaled down to this global norm
-    encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
-    s5_layers: int = 1  # layers of S5, or of attention
-    s5_width: int = 128  # model width H, also that of the memory which takes S5's place
-    s5_state: int = 64  # complex states P of a layer, each standing for a conjugate pair
-    s5_dt_min: float = 1e-4  # smallest initial time step; the memory of a state lasts about 2 / dt steps
-    s5_dt_max: float = 1e-2  # largest initial time step
-    s5_gain: bool = True  # B times s5-dt-max / time step: a slow state hears an input as loudly as a fast one
-    s5_norm: bool = True  # layer normalisation before each S5 layer
-    memory_length: int = 64  # MemoryChain: steps between what is shown and what is asked
-    num_bits: int = 1  # MemoryChain: bits shown, one of which is asked for
-    chain_length: int = 20  # UmbrellaChain: steps of an episode
-    num_distractors: int = 20  # UmbrellaChain: random bits beside the observation
-    mapping_seed: int = 0  # DiscountingChain, DeepSea, SimpleBandit: which action does what
-    size: int = 10  # DeepSea: rows and columns
-    sweep: str = ""  # run all settings of this bsuite experiment (memory_len, ...), with logs for bsuite's analysis
-    run_dir: str = ""  # directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME
-    resume: str = ""  # go on with the run in this directory, exactly as if it had never stopped
-    num_rows: int = 200  # rows of metrics.csv, each the mean of an equal number of gradient steps
-    checkpoint_interval: int = 20  # rows between checkpoints
-    track: bool = False  # also log to Weights & Biases
-    num_devices: int = 1  # devices to spread the environments over
-    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
-    eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
-    eval_episodes: int = 256  # episodes to evaluate
-    list_envs: bool = False  # print the names of all environments and stop
+    preset: Literal["default", "paper"] = "default"
+    """values to begin from: for a laptop, or the paper's; flags win"""
+
+    seed: int = 0
+    """seed of the first agent"""
+
+    num_seeds: int = 1
+    """independent agents trained in one program, with seeds seed, seed + 1, ..."""
+
+    num_episodes: int = 15_000
+    """episodes for each agent, in all environments together"""
+
+    sweep: str = ""
+    """run all settings of this bsuite experiment (memory_len, ...), with logs for bsuite's
+    analysis"""
+
+    run_dir: str = ""
+    """directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME-RANDOM"""
+
+    resume: str = ""
+    """go on with the run in this directory, exactly as if it had never stopped"""
+
+    num_rows: int = 200
+    """rows of metrics.csv, each the mean of an equal number of gradient steps"""
+
+    checkpoint_interval: int = 20
+    """rows between checkpoints"""
+
+    track: bool = False
+    """also log to Weights & Biases"""
+
+    list_envs: bool = False
+    """print the names of all environments and stop"""
+
+
+@dataclass(frozen=True)
+class EnvironmentFlags:
+    """The environment."""
+
+    env: str = "MemoryChain"
+    """a bsuite task, see --list-envs"""
+
+    num_envs: int = 16
+    """parallel environments B"""
+
+    memory_length: int = 64
+    """MemoryChain: steps between what is shown and what is asked"""
+
+    num_bits: int = 1
+    """MemoryChain: bits shown, one of which is asked for"""
+
+    chain_length: int = 20
+    """UmbrellaChain: steps of an episode"""
+
+    num_distractors: int = 20
+    """UmbrellaChain: random bits beside the observation"""
+
+    mapping_seed: int = 0
+    """DiscountingChain, DeepSea, SimpleBandit: which action does what"""
+
+    size: int = 10
+    """DeepSea: rows and columns"""
+
+
+@dataclass(frozen=True)
+class LearnerFlags:
+    """The learner: A2C."""
+
+    num_steps: int = 4096
+    """longest segment T to learn from; gradients reach no further back, the memory does"""
+
+    learning_rate: float = 1e-3
+    """Adam step size"""
+
+    anneal_lr: bool = True
+    """bring the step size to zero linearly over the run"""
+
+    gamma: float = 0.99
+    """discount"""
+
+    td_lambda: float = 0.9
+    """lambda of the TD(lambda) return"""
+
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+
+    vf_coef: float = 1.0
+    """weight of the value loss"""
+
+    max_grad_norm: float = 1e6
+    """gradients are scaled down to this global norm"""
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """The network and its memory."""
+
+    arch: Literal["s5", "lstm", "gru", "attention", "mlp"] = "s5"
+    """the memory"""
+
+    encoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the encoder, which ends in one more layer of s5-width"""
+
+    s5_layers: int = 1
+    """layers of S5, or of attention"""
+
+    s5_width: int = 128
+    """model width H, also that of the memory which takes S5's place"""
+
+    s5_state: int = 64
+    """complex states P of a layer, each standing for a conjugate pair"""
+
+    s5_dt_min: float = 1e-4
+    """smallest initial time step; the memory of a state lasts about 2 / dt steps"""
+
+    s5_dt_max: float = 1e-2
+    """largest initial time step"""
+
+    s5_gain: bool = True
+    """B times s5-dt-max / time step: a slow state hears an input as loudly as a fast one"""
+
+    s5_norm: bool = True
+    """layer normalisation before each S5 layer"""
+
+
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """Evaluation of a run."""
+
+    eval: str = ""
+    """evaluate the newest checkpoint of this run directory and stop"""
+
+    eval_episodes: int = 256
+    """episodes to evaluate"""
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """Devices and processes."""
+
+    num_devices: int = 1
+    """devices to spread the environments over"""
+
+    distributed: bool = False
+    """join the processes of a cluster first (jax.distributed); num-devices counts all theirs"""
+
+
+@dataclass(frozen=True)
+class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlags, DeviceFlags):
+    """A2C with S5 on bsuite."""
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""

@@ -38,52 +38,163 @@ import s5_common as common
 
 # ---- 1. Arguments ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Args:
-    """PPO with S5 on POPGym."""
+class RunFlags:
+    """The run: what is trained, where it is kept."""
 
-    env: str = "RepeatPreviousHard"  # a POPGym task, also by the paper's names (RepeatHard, ...); see --list-envs
-    # flag values to begin from: for a laptop, the same for MetaStatelessCartPole, or the paper's; explicit flags win
     preset: Literal["default", "meta", "paper"] = "default"
-    # the memory; s5-noreset leaks its state from one episode into the next, the paper's "S5 with a dot"
+    """flag values to begin from: for a laptop, the same for MetaStatelessCartPole, or the
+    paper's; explicit flags win"""
+
+    seed: int = 0
+    """seed of the first agent"""
+
+    num_seeds: int = 1
+    """independent agents trained in one program, with seeds seed, seed + 1, ..."""
+
+    total_timesteps: int = 4_000_000
+    """environment steps for each agent, rounded up to whole rollouts"""
+
+    run_dir: str = ""
+    """directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME-RANDOM"""
+
+    resume: str = ""
+    """go on with the run in this directory, exactly as if it had never stopped"""
+
+    checkpoint_interval: int = 20
+    """updates between checkpoints"""
+
+    track: bool = False
+    """also log to Weights & Biases"""
+
+    list_envs: bool = False
+    """print the names of all environments and stop"""
+
+
+@dataclass(frozen=True)
+class EnvironmentFlags:
+    """The environment and what the agent gets of it."""
+
+    env: str = "RepeatPreviousHard"
+    """a POPGym task, also by the paper's names (RepeatHard, ...); see --list-envs"""
+
+    num_envs: int = 64
+    """parallel environments B"""
+
+    obs_scale: float = 1.0
+    """observations are multiplied by this before the network reads them"""
+
+    normalize_rewards: bool = True
+    """divide rewards by the running root mean square of the discounted return"""
+
+    bootstrap_truncated: bool = True
+    """value a time limit by its final observation; off: it counts as a termination"""
+
+
+@dataclass(frozen=True)
+class LearnerFlags:
+    """The learner: PPO."""
+
+    num_steps: int = 256
+    """steps of a rollout T; gradients do not reach further back, the memory does"""
+
+    num_minibatches: int = 32
+    """minibatches of an epoch; each takes whole sequences of some environments"""
+
+    update_epochs: int = 2
+    """passes over each rollout"""
+
+    learning_rate: float = 1e-3
+    """Adam step size"""
+
+    anneal_lr: bool = True
+    """bring the step size to zero linearly over the run"""
+
+    gamma: float = 0.99
+    """discount"""
+
+    gae_lambda: float = 0.85
+    """lambda of generalised advantage estimation"""
+
+    clip_coef: float = 0.2
+    """PPO's clipping range, of the probability ratio and of the value's change"""
+
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+
+    vf_coef: float = 1.0
+    """weight of the value loss"""
+
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this global norm"""
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """The network and its memory."""
+
     arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
-    seed: int = 0  # seed of the first agent
-    num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    total_timesteps: int = 4_000_000  # environment steps for each agent, rounded up to whole rollouts
-    num_envs: int = 64  # parallel environments B
-    num_steps: int = 256  # steps of a rollout T; gradients do not reach further back, the memory does
-    num_minibatches: int = 32  # minibatches of an epoch; each takes whole sequences of some environments
-    update_epochs: int = 2  # passes over each rollout
-    learning_rate: float = 1e-3  # Adam step size
-    anneal_lr: bool = True  # bring the step size to zero linearly over the run
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.85  # lambda of generalised advantage estimation
-    clip_coef: float = 0.2  # PPO's clipping range, of the probability ratio and of the value's change
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 1.0  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients are scaled down to this global norm
-    obs_scale: float = 1.0  # observations are multiplied by this before the network reads them
-    normalize_rewards: bool = True  # divide rewards by the running root mean square of the discounted return
-    bootstrap_truncated: bool = True  # value a time limit by its final observation; off: it counts as a termination
-    encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
-    decoder_layers: tuple[int, ...] = (128,)  # hidden widths of the policy's and of the value's decoder
-    s5_layers: int = 2  # layers of S5, or of attention
-    s5_width: int = 128  # model width H, also that of the memory which takes S5's place
-    s5_state: int = 64  # complex states P of a layer, each standing for a conjugate pair
-    s5_dt_min: float = 0.001  # smallest initial time step
-    s5_dt_max: float = 0.1  # largest initial time step
-    s5_norm: bool = True  # layer normalisation before each S5 layer
-    attention_window: int = 128  # steps back that --arch attention sees
-    run_dir: str = ""  # directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME
-    resume: str = ""  # go on with the run in this directory, exactly as if it had never stopped
-    checkpoint_interval: int = 20  # updates between checkpoints
-    track: bool = False  # also log to Weights & Biases
-    num_devices: int = 1  # devices to spread the environments over
-    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
-    eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
-    eval_episodes: int = 256  # episodes to evaluate
-    eval_trials: int = 0  # trials of an episode in evaluation, of an environment that has trials; 0: as in training
-    eval_beside: tuple[str, ...] = ()  # evaluated run directories whose returns per trial join the picture
-    list_envs: bool = False  # print the names of all environments and stop
+    """the memory; s5-noreset leaks its state from one episode into the next: the paper's S5 with
+    a dot"""
+
+    encoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the encoder, which ends in one more layer of s5-width"""
+
+    decoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the policy's and of the value's decoder"""
+
+    s5_layers: int = 2
+    """layers of S5, or of attention"""
+
+    s5_width: int = 128
+    """model width H, also that of the memory which takes S5's place"""
+
+    s5_state: int = 64
+    """complex states P of a layer, each standing for a conjugate pair"""
+
+    s5_dt_min: float = 0.001
+    """smallest initial time step"""
+
+    s5_dt_max: float = 0.1
+    """largest initial time step"""
+
+    s5_norm: bool = True
+    """layer normalisation before each S5 layer"""
+
+    attention_window: int = 128
+    """steps back that --arch attention sees"""
+
+
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """Evaluation of a run."""
+
+    eval: str = ""
+    """evaluate the newest checkpoint of this run directory and stop"""
+
+    eval_episodes: int = 256
+    """episodes to evaluate"""
+
+    eval_trials: int = 0
+    """trials of an episode in evaluation, of an environment that has trials; 0: as in training"""
+
+    eval_beside: tuple[str, ...] = ()
+    """evaluated run directories whose returns per trial join the picture"""
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """Devices and processes."""
+
+    num_devices: int = 1
+    """devices to spread the environments over"""
+
+    distributed: bool = False
+    """join the processes of a cluster first (jax.distributed); num-devices counts all theirs"""
+
+
+@dataclass(frozen=True)
+class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlags, DeviceFlags):
+    """PPO with S5 on POPGym."""
 
     @property
     def batch_size(self) -> int:

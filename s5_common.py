@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field as field_with
+from dataclasses import fields, make_dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -83,8 +84,11 @@ def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array])
                                             reset   0   0   0   1   0
                                             state   8   8   6   6   4    (8/2 + 4, 8/2 + 2, 6 alone, 6/2 + 1)
     """
-    (a_A, a_u, a_d), (b_A, b_u, b_d) = a, b
-    return jnp.where(b_d, b_A, b_A * a_A), jnp.where(b_d, b_u, b_A * a_u + b_u), a_d | b_d
+    a_A, a_u, a_d = a
+    b_A, b_u, b_d = b
+    A = jnp.where(b_d, b_A, b_A * a_A)
+    u = jnp.where(b_d, b_u, b_A * a_u + b_u)
+    return A, u, a_d | b_d
 
 
 # The fast path. A reset only multiplies the transition by zero, so no third element is carried:
@@ -105,31 +109,44 @@ def recurrence_step(Lambda_bar: Array, x: Array, drive: Array, keep: Array) -> A
     """keep Lambda_bar x + drive. Lambda_bar (2P,), x and drive (B, 2P), keep (B,). Returns (B, 2P).
     The drive is added within each half because XLA's CPU back end then fuses the step into one loop."""
     P = Lambda_bar.shape[-1] // 2
-    a_re, a_im = Lambda_bar[:P], Lambda_bar[P:]
-    x_re, x_im = keep[:, None] * x[:, :P], keep[:, None] * x[:, P:]
-    real, imag = a_re * x_re - a_im * x_im + drive[:, :P], a_re * x_im + a_im * x_re + drive[:, P:]
+    a_re = Lambda_bar[:P]
+    a_im = Lambda_bar[P:]
+    x_re = keep[:, None] * x[:, :P]
+    x_im = keep[:, None] * x[:, P:]
+    real = a_re * x_re - a_im * x_im + drive[:, :P]
+    imag = a_re * x_im + a_im * x_re + drive[:, P:]
     return jnp.concatenate([real, imag], axis=-1)
 
 
 def _scan_sequential(reverse, Lambda_bar, drive, keep, carry):
-    step = partial(recurrence_step, Lambda_bar)
-    return lax.scan(lambda x, inputs: (step(x, *inputs),) * 2, carry, (drive, keep), reverse=reverse)[1]
+    def step(x, inputs):
+        x = recurrence_step(Lambda_bar, x, *inputs)
+        return x, x
+
+    _, states = lax.scan(step, carry, (drive, keep), reverse=reverse)
+    return states
 
 
 def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
     def compose(a, b):
-        return b[0] * a[0], b[0] * a[1] + b[1]
+        a_transition, a_drive = a
+        b_transition, b_drive = b
+        return b_transition * a_transition, b_transition * a_drive + b_drive
 
-    transition, drive = keep[..., None] * packed_to_complex(Lambda_bar), packed_to_complex(drive)  # (T, B, P)
-    drive = drive.at[-reverse].add(transition[-reverse] * packed_to_complex(carry))  # into the first step
-    return complex_to_packed(lax.associative_scan(compose, (transition, drive), reverse=reverse)[1])
+    transition = keep[..., None] * packed_to_complex(Lambda_bar)  # (T, B, P)
+    drive = packed_to_complex(drive)  # (T, B, P)
+    first = -1 if reverse else 0
+    drive = drive.at[first].add(transition[first] * packed_to_complex(carry))
+    _, states = lax.associative_scan(compose, (transition, drive), reverse=reverse)
+    return complex_to_packed(states)
 
 
 def _scan(*operands, reverse=False):
     """The recurrence in the form that suits the platform it is lowered for.
     A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on an accelerator
     every iteration is a kernel launch, so there it is log2(T) parallel passes."""
-    sequential, parallel = partial(_scan_sequential, reverse), partial(_scan_parallel, reverse)
+    sequential = partial(_scan_sequential, reverse)
+    parallel = partial(_scan_parallel, reverse)
     return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
 
 
@@ -149,19 +166,30 @@ def _recurrence_backward(residuals, cotangent):
     l_t = g_t + keep_{t+1} conj(Lambda_bar) l_{t+1}
     d drive_t = l_t,   d carry = keep_0 conj(Lambda_bar) l_0,   d Lambda_bar = sum_t keep_t conj(x_{t-1}) l_t
     """
-    (Lambda_bar, _, keep, carry), states = residuals
+    Lambda_bar, keep, carry, states = residuals
     P = Lambda_bar.shape[0] // 2
     conjugate = jnp.concatenate([Lambda_bar[:P], -Lambda_bar[P:]])
     next_keep = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
     adjoint = _scan(conjugate, cotangent, next_keep, jnp.zeros_like(carry), reverse=True)
     previous = keep[..., None] * jnp.concatenate([carry[None], states[:-1]])
-    x_re, x_im, l_re, l_im = previous[..., :P], previous[..., P:], adjoint[..., :P], adjoint[..., P:]
-    d_real, d_imag = jnp.sum(x_re * l_re + x_im * l_im, (0, 1)), jnp.sum(x_re * l_im - x_im * l_re, (0, 1))
+
+    # conj(x) l = (x_re l_re + x_im l_im) + i (x_re l_im - x_im l_re)
+    x_re = previous[..., :P]
+    x_im = previous[..., P:]
+    l_re = adjoint[..., :P]
+    l_im = adjoint[..., P:]
+    d_real = jnp.sum(x_re * l_re + x_im * l_im, axis=(0, 1))
+    d_imag = jnp.sum(x_re * l_im - x_im * l_re, axis=(0, 1))
     d_carry = recurrence_step(conjugate, adjoint[0], jnp.zeros_like(carry), keep[0])
     return jnp.concatenate([d_real, d_imag]), adjoint, jnp.zeros_like(keep), d_carry
 
 
-linear_recurrence.defvjp(lambda *operands: (states := _scan(*operands), (operands, states)), _recurrence_backward)
+def _recurrence_forward(Lambda_bar, drive, keep, carry):
+    states = _scan(Lambda_bar, drive, keep, carry)
+    return states, (Lambda_bar, keep, carry, states)
+
+
+linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 # ---- 2. The memories that S5 is compared with -----------------------------------------------------------------------
@@ -206,11 +234,15 @@ class Recurrent(Memory):
         return self.cell_class(self.width, parent=None).initialize_carry(jax.random.key(0), (batch, self.width))
 
     def scan(self, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
-        options = {"variable_broadcast": "params", "split_rngs": {"params": False}}
-        return nn.scan(lambda memory, c, xs: memory.step((), c, *xs), **options)(self, carry, (x, start))
+        def step(memory, carry, inputs):
+            return memory.step((), carry, *inputs)
+
+        over_time = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        return over_time(self, carry, (x, start))
 
     def step(self, kernels: tuple, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
-        return self.cell(jax.tree.map(lambda c: c * (1.0 - start)[:, None], carry), x)
+        keep = (1.0 - start)[:, None]
+        return self.cell(jax.tree.map(lambda c: c * keep, carry), x)
 
 
 class Attention(Memory):
@@ -225,8 +257,10 @@ class Attention(Memory):
     heads: int = 4
 
     def setup(self):
-        dense = ([nn.Dense(size * self.width) for _ in range(self.layers)] for size in (3, 1, 2, 1))
-        self.qkv, self.mix, self.up, self.down = dense
+        self.qkv = [nn.Dense(3 * self.width) for _ in range(self.layers)]
+        self.mix = [nn.Dense(self.width) for _ in range(self.layers)]
+        self.up = [nn.Dense(2 * self.width) for _ in range(self.layers)]
+        self.down = [nn.Dense(self.width) for _ in range(self.layers)]
         self.norms = [nn.LayerNorm() for _ in range(2 * self.layers)]
 
     def initial_carry(self, batch: int) -> tuple:
@@ -243,25 +277,33 @@ class Attention(Memory):
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
-        x, start = jnp.swapaxes(x, 0, 1), jnp.swapaxes(start, 0, 1)  # (B, T, H), (B, T)
         old_cache, length = carry
+        x = jnp.swapaxes(x, 0, 1)  # (B, T, H)
+        start = jnp.swapaxes(start, 0, 1)  # (B, T)
         B, T = start.shape
         W = self.window
         line = jnp.arange(W + T, dtype=jnp.int32)  # the time line: the cache, then the sequence
         time = line[W:]
-        cache = []
-        opened = lax.cummax(jnp.where(start > 0, time, W - length[:, None]), axis=1)  # where its episode began
+        own_start = jnp.where(start > 0, time, W - length[:, None])
+        opened = lax.cummax(own_start, axis=1)  # (B, T), where on the line the step's episode began
         age = time[:, None] - line
         mask = (age >= 0) & (age < W) & (line >= opened[..., None])  # (B, T, W + T)
+        cache = []
         for i, (old_keys, old_values) in enumerate(old_cache):
             q, k, v = jnp.split(self.qkv[i](self.norms[2 * i](x)), 3, axis=-1)
-            k, v = jnp.concatenate([old_keys, k], axis=1), jnp.concatenate([old_values, v], axis=1)
+            k = jnp.concatenate([old_keys, k], axis=1)  # (B, W + T, H)
+            v = jnp.concatenate([old_values, v], axis=1)
             cache.append((k[:, T:], v[:, T:]))
-            q, k, v = self.rotate(q, time), self.rotate(k, line), v.reshape(B, W + T, self.heads, -1)
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+            y = jax.nn.dot_product_attention(
+                self.rotate(q, time),
+                self.rotate(k, line),
+                v.reshape(B, W + T, self.heads, -1),
+                mask=mask[:, None],
+            )
             x = x + self.mix[i](y.reshape(x.shape))
             x = x + self.down[i](nn.gelu(self.up[i](self.norms[2 * i + 1](x))))
-        return (tuple(cache), jnp.minimum(W + T - opened[:, -1], W)), jnp.swapaxes(x, 0, 1)
+        new_length = jnp.minimum(W + T - opened[:, -1], W)
+        return (tuple(cache), new_length), jnp.swapaxes(x, 0, 1)
 
 
 # ---- 3. Arguments and errors ----------------------------------------------------------------------------------------
@@ -294,16 +336,29 @@ def warn(text: str) -> None:
 
 
 def parse_command_line(args_class: type, default: Any, argv: Sequence[str] | None) -> Any:
-    """The command line over these default values, by tyro; its boxed complaints as one UsageError."""
+    """The command line over these default values, by tyro; its boxed complaints as one UsageError.
+
+    args_class: a dataclass whose bases are groups of flags; --help shows each under a heading of its own.
+    """
+    groups = []
+    for group in args_class.__mro__:
+        if "__annotations__" not in vars(group):  # it has no flags of its own
+            continue
+        values = {field.name: getattr(default, field.name) for field in fields(group)}
+        heading = group.__name__.removesuffix("Flags").lower()
+        groups.append((heading, group, field_with(default=group(**values))))
+    grouped = make_dataclass(args_class.__name__, groups, namespace={"__doc__": args_class.__doc__})
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(args_class, args=argv, default=default)
+            found: Any = tyro.cli(grouped, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
-    raise UsageError(" ".join(lines).split("For full helptext")[0])
+        lines = [line.strip("│╰╯─ ") for line in output.getvalue().splitlines() if not line.startswith("╭")]
+        raise UsageError(" ".join(lines).split("For full helptext")[0]) from None
+    flags = [vars(group) for group in vars(found).values()]
+    return args_class(**{name: value for group in flags for name, value in group.items()})
 
 
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
