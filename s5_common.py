@@ -3,11 +3,13 @@ with, run plumbing. Shapes: T time, B environments, H model width, P complex sta
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -35,13 +37,14 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 import tyro
 from jax import Array, lax
 from jax.experimental import multihost_utils
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 
@@ -368,6 +371,8 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
     evaluation and those that say where it runs: the number of devices and processes is not part of what a run is.
     """
     first = parse_command_line(args_class, args_class(), argv)
+    if first.resume and first.eval:
+        raise UsageError(f"--eval {first.eval}: not together with --resume {first.resume}")
     run_dir = first.resume or first.eval
     if not run_dir:
         args = parse_command_line(args_class, args_class(**presets[first.preset]), argv)
@@ -572,74 +577,79 @@ def is_whole(row: dict[str, str], text: Collection[str]) -> bool:
 
 
 class Checkpoints:
-    """RUN/checkpoints, by orbax: the newest two, of which the older one is for the case that the newer is damaged.
+    """RUN/checkpoints/UPDATE: the newest two, of which the older one is for the case that the newer is damaged.
 
-    A checkpoint has the arrays of the state by name, and ``about``: the flags, what the run has measured so far, and a
-    digest of all arrays, as orbax does not notice every flipped bit. It counts only once it is whole.
+    state/       the arrays of the state by name, by orbax
+    about.json   the flags, what the run has measured so far, and types and shapes of the arrays
+    SHA256SUMS   of all these files, for `sha256sum -c`: neither JSON nor orbax notice every flipped bit
+
+    A checkpoint gets its name when all is in it, so that one is whole or not there.
     """
 
-    def __init__(self, path: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=False)
+    def __init__(self, path: Path, writes: bool):
         self.path = path
-        self.manager = ocp.CheckpointManager(path.resolve(), options=options)
+        self.writes = writes
+        self.orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def updates(self) -> list[int]:
-        return sorted(self.manager.all_steps())
+        return sorted(int(path.name) for path in self.path.glob("*") if path.name.isdigit())
 
     def save(self, update: int, state: Any, about: dict[str, Any]) -> None:
         """Raises RunError; the checkpoints from before are kept."""
-        arrays = stored(state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            about=ocp.args.JsonSave(about | {"sha256": digest(arrays)}),
-        )
+        draft = self.path / f"{update}.draft"
         with writing(self.path / str(update), kept=f"checkpoints {self.updates()} are kept"):
-            self.manager.save(update, args=items)
+            try:
+                self.write(draft, stored(state), about)
+            except Exception:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            if self.writes:
+                draft.rename(self.path / str(update))
+                for old in self.updates()[:-2]:
+                    shutil.rmtree(self.path / str(old))
+            multihost_utils.sync_global_devices("checkpoint done")
+
+    def write(self, draft: Path, arrays: dict[str, Array], about: dict[str, Any]) -> None:
+        """All that a checkpoint holds. The processes of a distributed run write their parts of the arrays together."""
+        if self.writes:
+            for left_behind in self.path.glob("*.draft"):
+                shutil.rmtree(left_behind)
+            draft.mkdir()
+        multihost_utils.sync_global_devices("checkpoint begun")
+        with without_litter():
+            self.orbax.save((draft / "state").resolve(), args=ocp.args.StandardSave(arrays))
+        if self.writes:
+            about = about | {"arrays": {name: describe(x) for name, x in arrays.items()}}
+            (draft / "about.json").write_text(json.dumps(about, indent=2))
+            (draft / "SHA256SUMS").write_text(checksums(draft))
 
     def read(self, update: int, like: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         """The arrays, spread over devices like those of ``like``, and ``about``. Raises UsageError if damaged."""
+        folder = self.path / str(update)
         where = f"{self.path.parent}: checkpoint {update}"
-        try:
-            arrays, about = self.read_unchecked(update, like)
-        except Exception as error:  # orbax raises many kinds
-            raise UsageError(f"{where} is damaged or misplaced ({shortened(error)})") from None
-        if about.pop("sha256", None) != digest(arrays):
-            raise UsageError(f"{where} is damaged (its arrays are not those that were saved)")
+        damage = find_damage(folder)
+        if damage:
+            raise UsageError(f"{where} is damaged ({damage})")
+        about = json.loads((folder / "about.json").read_text())
+        expected = stored(like)
+        found = about["arrays"]
+        for name in sorted(found.keys() | expected.keys()):
+            has = found.get(name, "nothing")
+            needed = describe(expected[name]) if name in expected else "nothing"
+            if has != needed:
+                raise UsageError(f"{where} is of other flags: it has {has} as {name}, these have {needed}")
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in expected.items()}
+        arrays = self.orbax.restore((folder / "state").resolve(), args=ocp.args.StandardRestore(target))
         return arrays, about
-
-    def read_unchecked(self, update: int, like: Any) -> tuple[dict[str, Array], dict[str, Any]]:
-        """As orbax finds them. It reads all files at once, and where several fail it litters stderr with tracebacks;
-        so they are read one by one first."""
-        folder = (self.path / str(update) / "state").resolve()
-        for file in folder.glob("array_metadatas/*"):
-            json.loads(file.read_text())
-        files = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
-        for name in files.list().result():
-            files.read(name).result()
-        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in stored(like).items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore())
-        found = self.manager.restore(update, args=items)
-        return found.state, dict(found.about)
 
     def read_newest(self, like: Any) -> tuple[int, dict[str, Array], dict[str, Any]]:
         """Update, arrays and ``about``. Raises UsageError, which offers the older checkpoint if that one is whole."""
         *older, newest = self.updates()
-        try:
-            return newest, *self.read(newest, like)
-        except UsageError as error:
-            problem = error
-        for update in reversed(older):
-            if self.is_whole(update, like):
-                offer = f"remove {self.path / str(newest)} to go on from checkpoint {update}, which is whole"
-                raise UsageError(f"{problem}; {offer}")
-        raise problem
-
-    def is_whole(self, update: int, like: Any) -> bool:
-        try:
-            self.read(update, like)
-        except UsageError:
-            return False
-        return True
+        if find_damage(self.path / str(newest)) and older and not find_damage(self.path / str(older[-1])):
+            offer = f"remove {self.path / str(newest)} to go on from checkpoint {older[-1]}, which is whole"
+            damage = find_damage(self.path / str(newest))
+            raise UsageError(f"{self.path.parent}: checkpoint {newest} is damaged ({damage}); {offer}")
+        return newest, *self.read(newest, like)
 
 
 def stored(state: Any) -> dict[str, Array]:
@@ -648,15 +658,76 @@ def stored(state: Any) -> dict[str, Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in named if x.size}
 
 
-def digest(arrays: dict[str, Array]) -> str:
-    """SHA-256 of arrays: names, types, shapes and every bit; on all processes the same."""
-    found = hashlib.sha256()
-    for name in sorted(arrays):
-        x = arrays[name]
-        whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
-        found.update(f"{name} {x.dtype} {x.shape}".encode())
-        found.update(np.ascontiguousarray(whole).tobytes())
-    return found.hexdigest()
+def describe(x: Array) -> str:
+    """float32 (8, 16)"""
+    return f"{x.dtype} {x.shape}"
+
+
+def checksums(folder: Path) -> str:
+    """A line for each file under a folder, as sha256sum writes them."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "SHA256SUMS":
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    return "".join(lines)
+
+
+def find_damage(checkpoint: Path) -> str:
+    """Which files of a checkpoint are not as they were written; empty if it is whole."""
+    try:
+        written = (checkpoint / "SHA256SUMS").read_text()
+        found = checksums(checkpoint)
+    except (OSError, ValueError) as error:
+        return shortened(error)
+    if found == written:
+        return ""
+    names = sorted({line[66:] for line in set(found.splitlines()) ^ set(written.splitlines())})
+    return f"{', '.join(names[:3])} {'is' if len(names) == 1 else 'are'} not as written" if names else "SHA256SUMS"
+
+
+@contextlib.contextmanager
+def without_litter() -> Iterator[None]:
+    """Where saving fails, as on a full disk, the threads and tasks that orbax leaves behind fill stderr with
+    tracebacks until the process has ended. One RunError says it all, so from then on they are not heard."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.excepthook
+
+    def all_but_leftovers(kind, error, traceback):
+        if str(error) != "Event loop is closed":
+            hook(kind, error, traceback)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.excepthook = all_but_leftovers
+    try:
+        yield
+    except Exception as error:
+        atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)  # the hook is gone before they are
+        raise RunError(shortened(error)) from None
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    sys.excepthook = hook
+
+
+class EventFile:
+    """TensorBoard events, by tensorboardX; each is written as it comes. tensorboardX's SummaryWriter writes in a
+    thread instead, whose errors reach nobody."""
+
+    def __init__(self, path: Path, purge_step: int | None):
+        self.writer = EventsWriter(str(path / "events"))
+        if purge_step is not None:  # what a killed process wrote from this step on does not count
+            self.add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **content: Any) -> None:
+        self.writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.add(step, summary=scalar(name, value))
+
+    def flush(self) -> None:
+        self.writer.flush()
 
 
 class MetricsLog:
@@ -666,10 +737,11 @@ class MetricsLog:
     best and last: the largest and the newest mean return so far, by seed.
     """
 
-    def __init__(self, path: Path, writes: bool):
+    def __init__(self, path: Path, writes: bool, tracker: Any = None):
         self.path = path
         self.table = path / "metrics.csv"
         self.writes = writes
+        self.tracker = tracker  # a run of Weights & Biases
         self.columns: list[str] = []
         self.kept: list[dict[str, str]] = []  # rows from before the restored checkpoint, until they are written
         self.best: dict[int, float] = {}
@@ -697,10 +769,11 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any], steps_per_second: float | None) -> None:
         """Append a row. Raises FloatingPointError if a loss or the gradient in it is not finite, and RunError."""
-        for name, value in row.items():
-            if (name.endswith("_loss") or name == "grad_norm") and not math.isfinite(value):
-                where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
-                raise FloatingPointError(f"{name} is not finite at {where}")
+        watched = [name for name in row if name.endswith("_loss") or name == "grad_norm"]
+        wrong = [name for name in watched if not math.isfinite(row[name])]
+        if wrong:
+            where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
+            raise FloatingPointError(f"{', '.join(wrong)} not finite at {where}")
         self.remember(row["seed"], row.get("return_mean"))
         if not self.writes:
             return
@@ -709,9 +782,13 @@ class MetricsLog:
                 self.open(row)
             self.rows.writerow(row)
             self.file.flush()
-            for name, value in (row | {"steps_per_second": steps_per_second}).items():
-                if value is not None and math.isfinite(value):
-                    self.events.add_scalar(f"seed{row['seed']}/{name}", value, row["update"])
+            shown = row | {"steps_per_second": steps_per_second}
+            shown = {f"seed{row['seed']}/{name}": x for name, x in shown.items() if x is not None and math.isfinite(x)}
+            for name, value in shown.items():
+                self.events.add_scalar(name, value, row["update"])
+            self.events.flush()
+            if self.tracker:
+                self.tracker.log(shown, step=row["update"])
 
     def open(self, row: dict[str, Any]) -> None:
         """A new table that begins with the rows from before the restored checkpoint takes the place of the old one."""
@@ -721,7 +798,7 @@ class MetricsLog:
         self.rows.writeheader()
         self.rows.writerows(self.kept)
         Path(self.file.name).replace(self.table)
-        self.events = SummaryWriter(str(self.path), purge_step=row["update"] if self.kept else None)
+        self.events = EventFile(self.path, purge_step=row["update"] if self.kept else None)
         self.kept = []
 
 
@@ -780,22 +857,24 @@ class RunDirectory:
         self.began = time.perf_counter()
         if self.writes and not (args.resume or args.eval):
             self.create()
+        tracker = None
         if self.writes and args.track and not args.eval:
-            options = {"name": self.path.name, "config": self.args, "dir": self.path, "sync_tensorboard": True}
-            import_module("wandb").init(project="s5-in-context-rl", **options)
+            options = {"name": self.path.name, "config": self.args, "dir": str(self.path)}
+            tracker = import_module("wandb").init(project="s5-in-context-rl", **options)
         multihost_utils.sync_global_devices("run directory")
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
-        self.log = MetricsLog(self.path, self.writes)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", self.writes)
+        self.log = MetricsLog(self.path, self.writes, tracker)
 
     def create(self) -> None:
         """The directory with what is known before training; it gets its name when all is in it."""
         check_new_directory(self.path)
         draft = self.path.with_name(self.path.name + ".tmp")
         try:
-            (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
-            draft.rename(self.path)
-        except OSError:
+            with writing(self.path, kept="nothing was begun"):
+                (draft / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (draft / "args.json").write_text(json.dumps({"args": self.args} | provenance(), indent=2))
+                draft.rename(self.path)
+        except RunError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
 
