@@ -623,33 +623,31 @@ class Checkpoints:
             (draft / "about.json").write_text(json.dumps(about, indent=2))
             (draft / "SHA256SUMS").write_text(checksums(draft))
 
-    def read(self, update: int, like: Any) -> tuple[dict[str, Array], dict[str, Any]]:
-        """The arrays, spread over devices like those of ``like``, and ``about``. Raises UsageError if damaged."""
-        folder = self.path / str(update)
-        where = f"{self.path.parent}: checkpoint {update}"
+    def read_newest(self, like: Any) -> tuple[int, dict[str, Array], dict[str, Any]]:
+        """Update, arrays spread over devices like those of ``like``, and ``about``.
+
+        Raises UsageError if it is damaged, and then offers the older one if that is whole; or if it has other arrays.
+        """
+        *older, newest = self.updates()
+        folder = self.path / str(newest)
+        where = f"{self.path.parent}: checkpoint {newest}"
         damage = find_damage(folder)
         if damage:
-            raise UsageError(f"{where} is damaged ({damage})")
+            offer = ""
+            if older and not find_damage(self.path / str(older[-1])):
+                offer = f"; remove {folder} to go on from checkpoint {older[-1]}, which is whole"
+            raise UsageError(f"{where} is damaged ({damage}){offer}")
+
         about = json.loads((folder / "about.json").read_text())
         expected = stored(like)
-        found = about["arrays"]
-        for name in sorted(found.keys() | expected.keys()):
-            has = found.get(name, "nothing")
+        for name in sorted(about["arrays"].keys() | expected.keys()):
+            has = about["arrays"].get(name, "nothing")
             needed = describe(expected[name]) if name in expected else "nothing"
             if has != needed:
                 raise UsageError(f"{where} is of other flags: it has {has} as {name}, these have {needed}")
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in expected.items()}
         arrays = self.orbax.restore((folder / "state").resolve(), args=ocp.args.StandardRestore(target))
-        return arrays, about
-
-    def read_newest(self, like: Any) -> tuple[int, dict[str, Array], dict[str, Any]]:
-        """Update, arrays and ``about``. Raises UsageError, which offers the older checkpoint if that one is whole."""
-        *older, newest = self.updates()
-        if find_damage(self.path / str(newest)) and older and not find_damage(self.path / str(older[-1])):
-            offer = f"remove {self.path / str(newest)} to go on from checkpoint {older[-1]}, which is whole"
-            damage = find_damage(self.path / str(newest))
-            raise UsageError(f"{self.path.parent}: checkpoint {newest} is damaged ({damage}); {offer}")
-        return newest, *self.read(newest, like)
+        return newest, arrays, about
 
 
 def stored(state: Any) -> dict[str, Array]:

@@ -82,7 +82,7 @@ class Autoencode(cards.DeckEnvironment[EnvState]):
             remaining=cards.without(state.remaining, jnp.where(watching, suit, -1)),
             seen=state.seen | new,
         )
-        mode = jnp.where(dealt + 1 < self.num_cards, WATCH, PLAY)
+        mode = jnp.where(dealt + 1 < self.num_cards, jnp.int32(WATCH), jnp.int32(PLAY))
         observation = mode_and_suit(mode, suit)
         return observation, state, reward, self.is_terminated(state, params), {}
 
@@ -101,13 +101,13 @@ def mode_and_suit(mode: jax.Array, suit: jax.Array) -> jax.Array:
 def suit_at(place: jax.Array, suit: jax.Array, words: int) -> jax.Array:
     """That suit at a place 0, 1, .. of packed suits, zeros elsewhere, uint32 (words,)."""
     shift = 2 * (place % SUITS_PER_WORD).astype(jnp.uint32)
-    here = jnp.arange(words) == place // SUITS_PER_WORD
+    here = jnp.arange(words, dtype=jnp.int32) == place // SUITS_PER_WORD
     return jnp.where(here, suit.astype(jnp.uint32) << shift, np.uint32(0))
 
 
 def suit_from(packed: jax.Array, place: jax.Array) -> jax.Array:
     """The suit at a place of packed suits, int32 ()."""
     shift = 2 * (place % SUITS_PER_WORD).astype(jnp.uint32)
-    here = jnp.arange(len(packed)) == place // SUITS_PER_WORD
+    here = jnp.arange(len(packed), dtype=jnp.int32) == place // SUITS_PER_WORD
     word = jnp.sum(jnp.where(here, packed, np.uint32(0)), dtype=jnp.uint32)
     return ((word >> shift) & np.uint32(3)).astype(jnp.int32)

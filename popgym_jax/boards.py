@@ -30,7 +30,8 @@ def pack(squares: np.ndarray) -> np.ndarray:
 def square(index: jax.Array, words: int) -> jax.Array:
     """The set of this one square, integer (): uint32 (words,)."""
     bit = np.uint32(1) << jnp.uint32(index % WORD)
-    return jnp.where(jnp.arange(words) == index // WORD, bit, 0)
+    here = jnp.arange(words, dtype=jnp.int32) == index // WORD
+    return jnp.where(here, bit, np.uint32(0))
 
 
 def overlap(board: jax.Array, other: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ def overlap(board: jax.Array, other: jax.Array) -> jax.Array:
 
 def count(board: jax.Array) -> jax.Array:
     """Number of squares, int32 ()."""
-    return jnp.sum(jax.lax.population_count(board).astype(jnp.int32))
+    return jnp.sum(jax.lax.population_count(board).astype(jnp.int32), dtype=jnp.int32)
 
 
 def earlier(board: jax.Array, distance: int) -> jax.Array:
@@ -58,12 +59,12 @@ def choose(word: jax.Array, board: jax.Array) -> jax.Array:
     word: random, uint32 ()
     """
     counts = jax.lax.population_count(board).astype(jnp.int32)
-    place = jnp.arange(len(board))
+    place = jnp.arange(len(board), dtype=jnp.int32)
     # squares up to and including each word, written as a sum because XLA's cumsum does not fuse
-    up_to_word = jnp.sum(jnp.where(place <= place[:, None], counts, 0), axis=1)
+    up_to_word = jnp.sum(jnp.where(place <= place[:, None], counts, 0), axis=1, dtype=jnp.int32)
     rank = prng.integer(word, up_to_word[-1])  # of the square, from 0
     chosen = jnp.sum(rank >= up_to_word, dtype=jnp.int32)
-    rank_in_word = rank - jnp.sum(jnp.where(place < chosen, counts, 0))
-    bits = jnp.sum(jnp.where(place == chosen, board, 0))  # uint32 ()
+    rank_in_word = rank - jnp.sum(jnp.where(place < chosen, counts, 0), dtype=jnp.int32)
+    bits = jnp.sum(jnp.where(place == chosen, board, 0), dtype=jnp.uint32)
     up_to_bit = jax.lax.population_count(bits & UP_TO_BIT).astype(jnp.int32)  # (32,)
     return chosen * WORD + jnp.sum(rank_in_word >= up_to_bit, dtype=jnp.int32)

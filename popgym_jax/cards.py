@@ -109,7 +109,8 @@ def pick(word: jax.Array, remaining: jax.Array) -> jax.Array:
 def without(remaining: jax.Array, kind: jax.Array) -> jax.Array:
     """The counts after one card of that kind has gone, int32 (kinds,)."""
     # not remaining - (.. == kind), whose conversion of a comparison makes it four times as slow
-    return jnp.where(jnp.arange(remaining.shape[0]) == kind, remaining - 1, remaining)
+    kinds = jnp.arange(remaining.shape[0], dtype=jnp.int32)
+    return jnp.where(kinds == kind, remaining - 1, remaining)
 
 
 def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
@@ -121,7 +122,7 @@ def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
     decks; from about six decks on, sorting wins.
     """
     draws = prng.bits(key, num_decks * DECK_SIZE)  # (N,)
-    position = jnp.arange(draws.shape[0])
+    position = jnp.arange(draws.shape[0], dtype=jnp.int32)
     tie_before = (draws[None, :] == draws[:, None]) & (position[None, :] < position[:, None])
     before = (draws[None, :] < draws[:, None]) | tie_before  # (N, N)
     return jnp.sum(before, axis=1, dtype=jnp.int32)
@@ -129,4 +130,4 @@ def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
 
 def one_hot(kind: jax.Array, num_kinds: int) -> jax.Array:
     """1 at index `kind`, 0 elsewhere, float32 (num_kinds,)."""
-    return (jnp.arange(num_kinds) == kind).astype(jnp.float32)
+    return (jnp.arange(num_kinds, dtype=jnp.int32) == kind).astype(jnp.float32)

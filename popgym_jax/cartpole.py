@@ -93,7 +93,7 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Push for one time step: observation (2,), state, reward, terminated, {}."""
         state = EnvState(time=state.time + 1, physics=euler_step(state.physics, action))
-        reward = jnp.float32(1.0) / params.max_steps_in_episode
+        reward = 1.0 / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         observation = self.observe(key, state, action, params)
         return observation, state, reward, self.is_terminated(state, params), {}
 
@@ -166,7 +166,8 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
 
     def sample_noise(self, key: jax.Array, params: NoisyEnvParams) -> jax.Array:
         """Noise on x and theta, float32 (2,)."""
-        return params.noise_sigma * prng.normal(prng.bits(key, 2))
+        sigma = jnp.asarray(params.noise_sigma, jnp.float32)
+        return sigma * prng.normal(prng.bits(key, 2))
 
     def observe(
         self, key: jax.Array, state: EnvState, action: jax.Array | None, params: NoisyEnvParams
@@ -189,7 +190,7 @@ def euler_step(physics: jax.Array, action: jax.Array) -> jax.Array:
     Returns the state TIME_STEP later, float32 (4,).
     """
     x, x_dot, theta, theta_dot = physics
-    push = jnp.where(action == 1, FORCE, -FORCE)
+    push = jnp.where(action == 1, jnp.float32(FORCE), jnp.float32(-FORCE))
     sin, cos = jnp.sin(theta), jnp.cos(theta)
     f = (push + MASS_POLE_LENGTH * theta_dot**2 * sin) / MASS_TOTAL
     theta_ddot = (GRAVITY * sin - cos * f) / (

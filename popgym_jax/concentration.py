@@ -105,8 +105,10 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
         was_up = jnp.any((state.face_up & turned) != 0)  # the first card is never up before
         same_kind = state.kinds[state.first] == state.kinds[action]
         pair = two & ~was_up & same_kind & (action != state.first)
-        penalty = -(1.0 + two) / params.max_steps_in_episode
-        reward = jnp.where(pair, 2 / self.num_cards, jnp.where(two | was_up, penalty, 0.0))
+        cards_in_play = 1.0 + two.astype(jnp.float32)
+        penalty = -cards_in_play / jnp.asarray(params.max_steps_in_episode, jnp.float32)
+        found = jnp.float32(2 / self.num_cards)
+        reward = jnp.where(pair, found, jnp.where(two | was_up, penalty, 0.0))
         state = state.replace(
             time=state.time + 1,
             face_up=state.face_up | jnp.where(pair, in_play, np.uint32(0)),
@@ -141,6 +143,6 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
 
 def position_bits(position: jax.Array, num_cards: int) -> jax.Array:
     """The bit of one position, none for -1, uint32 (num_cards / 26,); position 0 is the lowest."""
-    word = jnp.arange(num_cards // POSITIONS_PER_WORD)
+    word = jnp.arange(num_cards // POSITIONS_PER_WORD, dtype=jnp.int32)
     bit = np.uint32(1) << (position % POSITIONS_PER_WORD).astype(jnp.uint32)
     return jnp.where(word == position // POSITIONS_PER_WORD, bit, np.uint32(0))

@@ -76,8 +76,9 @@ class CountRecall(cards.DeckEnvironment[EnvState]):
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Grade the action, then deal: observation (2 K,), state, reward, terminated, {}."""
         scale = jnp.float32(1 / (self.num_cards - 1))
-        queried = jnp.arange(self.num_kinds) == state.query
-        count = self.max_count - jnp.sum(jnp.where(queried, state.remaining_values, 0))
+        queried = jnp.arange(self.num_kinds, dtype=jnp.int32) == state.query
+        left = jnp.sum(jnp.where(queried, state.remaining_values, 0), dtype=jnp.int32)
+        count = self.max_count - left
         reward = jnp.where(action == count, scale, -scale)
         value, query = self.deal(key, state.remaining_values, state.remaining_queries)
         state = EnvState(

@@ -1,6 +1,7 @@
 """What all environments of this package share: gymnax's interface with a cheaper auto-reset."""
 
 import math
+import os
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ TEnvState = TypeVar("TEnvState", bound="EnvState")
 TEnvParams = TypeVar("TEnvParams", bound="EnvParams")
 
 CHUNK = 128  # environments that are reset together where a reset is costly
+IMPORTED_IN = os.getpid()  # the process whose threads JAX has; a fork of it has none of them
 
 
 @struct.dataclass
@@ -40,8 +42,17 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
     gymnax computes a reset at every step; here `step`, vmapped or not, does so only when an episode
     ends, and where a reset is costly (`costly_reset`) only for the environments that need it.
 
+    `step` can be differentiated, in forward and in reverse mode: with respect to the state, the
+    action and the parameters it has the derivative of `step_env` where no episode ended. Where one
+    did, the fresh observation and state depend on nothing, and their derivative is zero; that of
+    the reward and of info["final_observation"] is the one of `step_env` all the same.
+
     obs_requires_prev_action: the reference says that an agent should see its previous action.
     """
+
+    # in gymnax's words; `with_transition_gradients` has nothing to switch on
+    _supports_transition_gradients = True
+    _transition_gradients_enabled = True
 
     costly_reset = False
     obs_requires_prev_action = False
@@ -73,13 +84,17 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
         return obs, state, reward, terminated, truncated, {**info, **ends}
 
     def _reset_where(self, done: jax.Array, key: jax.Array, params: Any, current: Any) -> Any:
-        """Observation and state, replaced by fresh ones where `done`; vmap has its own rule."""
+        """Observation and state, replaced by fresh ones where `done`.
+
+        vmap has its own rule, which skips the reset where no episode ends, and so has
+        differentiation, which cannot look into a function with a rule for vmap.
+        """
 
         @jax.custom_batching.custom_vmap
-        def reset_where(done, key, params, current):
+        def choose(done, key, params, current):
             return jax.lax.cond(done, lambda: self._fresh(key, params), lambda: current)
 
-        @reset_where.def_vmap
+        @choose.def_vmap
         def batched(size, is_batched, done, key, params, current):
             def stacked(x, yes):
                 return x if yes else jnp.broadcast_to(x, (size, *jnp.shape(x)))
@@ -89,6 +104,21 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
             reset = _reset_chunks if self.costly_reset and size > CHUNK else _reset_all
             current = reset(self._fresh, *rows, params, axes)
             return current, jax.tree.map(lambda _: True, current)
+
+        @jax.custom_jvp
+        def reset_where(done, key, params, current):
+            return choose(done, key, params, current)
+
+        @reset_where.defjvp
+        def derivative(primals, tangents):
+            # A fresh episode does not depend on the old one. On the parameters it may (a scale of
+            # the noise, say), but that is left out: a reset is a draw and counts as a constant.
+            def kept(tangent):
+                if tangent.dtype == jax.dtypes.float0:  # of integers, bools and keys
+                    return tangent
+                return jnp.where(primals[0], jnp.zeros_like(tangent), tangent)
+
+            return reset_where(*primals), jax.tree.map(kept, tangents[3])
 
         return reset_where(done, key, params, current)
 

@@ -1,16 +1,24 @@
 """The environments for programs without JAX code, in gymnasium's terms: numpy in, numpy out.
 
-All randomness comes from the seed of `reset`: environment i of a vector that is reset with `seed`
-plays what a single environment reset with `seed + i` plays. The next episode is drawn together with
-the last step of one, as in `Environment.step`; a `reset` without a seed then shows it.
+All randomness comes from the seed of `reset`, 0 to 2^64 - 1, each of which begins other episodes:
+environment i of a vector that is reset with `seed` plays what a single environment reset with
+`seed + i` plays. The next episode is drawn together with the last step of one, as in
+`Environment.step`; a `reset` without a seed then shows it.
+
+Importing this module registers every environment with gymnasium, as "popgym_jax/<name>-v0".
 
 Programs are compiled once for each environment and each number of copies in a process, however many
 objects share them. They run on JAX's default device; in a program whose networks run in another
 framework, JAX_PLATFORMS=cpu keeps JAX from reserving the memory of the accelerator.
+
+JAX does not survive a fork. gymnasium.vector.AsyncVectorEnv needs context="spawn" (and functions
+that can be pickled, as functools.partial(to_gymnasium, name)); `to_gymnasium_vector` needs no
+processes at all.
 """
 
 import copy
 import functools
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +33,9 @@ from gymnasium.vector.utils import batch_space
 from gymnax.environments.spaces import gymnax_space_to_gym_space
 
 from popgym_jax import prng, registration
-from popgym_jax.environment import Environment
+from popgym_jax.environment import IMPORTED_IN, Environment
+
+NUM_SEEDS = 2**64  # as many as a key has values
 
 
 class Play(NamedTuple):
@@ -54,6 +64,9 @@ def to_gymnasium(env: str | Environment) -> gymnasium.Env:
     """A gymnasium.Env without auto-reset, of a name that `make` accepts or of an environment.
 
     >>> to_gymnasium(PreviousActionAndStart(make("RepeatHard")[0]))
+
+    In a forked process, as those of AsyncVectorEnv without context="spawn", its `reset` and `step`
+    raise RuntimeError.
     """
     return GymnasiumView(env)
 
@@ -94,6 +107,8 @@ class GymnasiumView(gymnasium.Env[np.ndarray, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """First observation (O,) and an empty info; `options` are ignored."""
+        _refuse_in_a_fork()
+        seed = None if seed is None else _checked_seed(seed)
         super().reset(seed=seed)
         if self._play is None and seed is None:
             seed = int(self.np_random.integers(2**63))
@@ -106,6 +121,7 @@ class GymnasiumView(gymnasium.Env[np.ndarray, Any]):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Observation (O,), reward, terminated, truncated and what wrappers add to info."""
+        _refuse_in_a_fork()
         if self._play is None or self._ended:
             raise ResetNeeded("call reset() before step(): no episode is running")
         action = _checked(action, self.action_space, ())
@@ -157,9 +173,13 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         seed: of the first environment, seed + i of the i-th; or a list, one for each
         options: {"reset_mask": bool (B,)} resets some only; the others show what they last showed
         """
-        super().reset(seed=seed if isinstance(seed, (int, np.integer)) else None)
-        mask = self._mask(options)
+        _refuse_in_a_fork()
         seeds = self._seeds(seed)
+        mask = self._mask(options)
+        super().reset(seed=seeds[0] if isinstance(seed, (int, np.integer)) else None)
+        if self._play is None:
+            drawn = self.np_random.integers(2**63, size=self.num_envs).tolist()
+            seeds = [new if one is None else one for one, new in zip(seeds, drawn, strict=True)]
         seeded = mask & np.array([one is not None for one in seeds])
         words = np.array([_words(one or 0) for one in seeds])
         restarted = seeded | (mask & ~self._ended)
@@ -177,6 +197,7 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         actions: int (B,) or float32 (B, A). In NEXT_STEP mode an environment whose episode has
         ended ignores its action and begins the next one: reward 0, both flags False.
         """
+        _refuse_in_a_fork()
         if self._play is None:
             raise ResetNeeded("call reset() before step(): no episode is running")
         if self.autoreset_mode == AutoresetMode.DISABLED and self._ended.any():
@@ -207,15 +228,19 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
 
     def _seeds(self, seed: Any) -> list[int | None]:
         """The seed of each environment; None where it goes on with the random bits that it has."""
-        if isinstance(seed, (int, np.integer)):
-            return [seed + i for i in range(self.num_envs)]
-        seeds = [None] * self.num_envs if seed is None else list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed must be one or {self.num_envs}, got {len(seeds)}")
-        if self._play is None:
-            drawn = self.np_random.integers(2**63, size=self.num_envs).tolist()
-            seeds = [new if one is None else one for one, new in zip(seeds, drawn, strict=True)]
-        return seeds
+        if seed is None:
+            return [None] * self.num_envs
+        if not hasattr(seed, "__len__"):
+            first = _checked_seed(seed)
+            if first + self.num_envs > NUM_SEEDS:
+                count = self.num_envs
+                raise ValueError(
+                    f"seed of {count} environments must be at most 2**64 - {count}, got {seed}"
+                )
+            return [first + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"seed must be one or {self.num_envs}, got {len(seed)}")
+        return [None if one is None else _checked_seed(one) for one in seed]
 
     def _mask(self, options: dict[str, Any] | None) -> np.ndarray:
         """Which environments to reset, bool (B,)."""
@@ -324,11 +349,39 @@ def _spec(name: str) -> gymnasium.envs.registration.EnvSpec:
     )
 
 
+def _register() -> None:
+    """Tell gymnasium of all environments, unless it knows of them already."""
+    for name in registration.registered_envs + registration.meta_envs:
+        spec = _spec(name)
+        if spec.id not in gymnasium.registry:
+            gymnasium.register(
+                id=spec.id,
+                entry_point=spec.entry_point,
+                vector_entry_point=spec.vector_entry_point,
+                kwargs=spec.kwargs,
+            )
+
+
+def _refuse_in_a_fork() -> None:
+    """RuntimeError in a forked process, where a call of JAX would wait forever."""
+    if os.getpid() != IMPORTED_IN:
+        raise RuntimeError(
+            "JAX cannot be used in a forked process: start processes with "
+            'AsyncVectorEnv(..., context="spawn"), or use popgym_jax.to_gymnasium_vector, '
+            "which needs none"
+        )
+
+
+def _checked_seed(seed: Any) -> int:
+    """The seed; ValueError if it is no integer or has more than the 64 bits that a key holds."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < NUM_SEEDS:
+        raise ValueError(f"seed must be an integer 0 to 2**64 - 1, got {seed}")
+    return int(seed)
+
+
 def _words(seed: int) -> np.ndarray:
-    """The random bits that a seed stands for, uint32 (2,)."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    """The random bits that a seed stands for, all of them, uint32 (2,)."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
 def _checked(action: Any, space: Any, batch: tuple[int, ...]) -> np.ndarray:
@@ -373,3 +426,6 @@ def _deepcopy(view: Any, memo: dict[int, Any]) -> Any:
     other = memo[id(view)] = object.__new__(type(view))
     other.__dict__ = copy.deepcopy(view.__dict__, memo)
     return other
+
+
+_register()

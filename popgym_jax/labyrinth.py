@@ -86,7 +86,7 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
 
     def move(self, state: TState, action: jax.Array) -> jax.Array:
         """Where the action leads, or where the agent is if that is no open square, int32 (2,)."""
-        step = jnp.where(action % 2 == 0, -1, 1)
+        step = jnp.where(action % 2 == 0, jnp.int32(-1), jnp.int32(1))
         row = state.position[0] + jnp.where(action >= 2, step, 0)
         column = state.position[1] + jnp.where(action < 2, step, 0)
         # beyond the grid: in the north and west back to its edge, in the south and east a wall
@@ -124,7 +124,7 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
 
     def penalty(self, params: EnvParams) -> jax.Array:
         """Reward of a step that gains nothing, float32 ()."""
-        return jnp.float32(-1.0) / (params.max_steps_in_episode + 1)
+        return -1.0 / jnp.asarray(params.max_steps_in_episode + 1, jnp.float32)
 
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(NUM_ACTIONS)
@@ -226,7 +226,8 @@ class LabyrinthExplore(Labyrinth[ExploreState]):
         """Move: observation (50,), state, reward, terminated, {}."""
         position = self.move(state, action)
         new = maze.contains(state.unexplored, position)
-        reward = jnp.where(new, 1 / maze.num_open(self.size), self.penalty(params))
+        found = jnp.float32(1 / maze.num_open(self.size))
+        reward = jnp.where(new, found, self.penalty(params))
         state = state.replace(
             time=state.time + 1,
             position=position,

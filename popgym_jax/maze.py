@@ -33,7 +33,8 @@ def contains(board: jax.Array, position: jax.Array) -> jax.Array:
 def square(position: jax.Array, num_rows: int) -> jax.Array:
     """The board of the one square at this row and column, int32 (2,) to uint32 (num_rows,)."""
     bit = jnp.uint32(1) << position[1].astype(jnp.uint32)
-    return jnp.where(jnp.arange(num_rows) == position[0], bit, jnp.uint32(0))
+    here = jnp.arange(num_rows, dtype=jnp.int32) == position[0]
+    return jnp.where(here, bit, jnp.uint32(0))
 
 
 def num_open(size: int) -> int:
@@ -90,7 +91,7 @@ def entrances(words: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     the opposite wall next to an independent one.
     """
     side = prng.integer(words[0], 4)
-    across = jnp.where(side % 2 == 0, 0, 2 * size)
+    across = jnp.where(side % 2 == 0, jnp.int32(0), jnp.int32(2 * size))
     along = 2 * prng.integer(words[1:], size) + 1
     start, end = jnp.stack([across, along[0]]), jnp.stack([2 * size - across, along[1]])
     return jnp.where(side < 2, start, start[::-1]), jnp.where(side < 2, end, end[::-1])
@@ -133,7 +134,8 @@ def pick(word: jax.Array, cells: jax.Array) -> jax.Array:
     """The set of one of these cells, uniformly random, from one random word."""
     counts = jax.lax.population_count(cells).astype(jnp.int32)
     before = jnp.tri(len(cells), k=-1, dtype=bool)
-    rank = prng.integer(word, counts.sum()) - jnp.where(before, counts, 0).sum(axis=1)
+    counts_before = jnp.where(before, counts, 0).sum(axis=1, dtype=jnp.int32)
+    rank = prng.integer(word, counts.sum(dtype=jnp.int32)) - counts_before
     chosen = (rank >= 0) & (rank < counts)  # in this word; others compute nonsense below
     bit = jnp.zeros(len(cells), jnp.uint32)
     for half in (16, 8, 4, 2, 1):  # bisect for the bit with `rank` set bits below it

@@ -107,7 +107,7 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
         zero = jnp.zeros((), jnp.int32)
         first = None if self.fresh else play.env_state
         state = EnvState(time=zero, trial=zero, play=play, first=first)
-        return jnp.concatenate([obs, jnp.zeros(2)]), state
+        return jnp.concatenate([obs, jnp.zeros(2, jnp.float32)]), state
 
     def step_env(
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams

@@ -75,7 +75,7 @@ class MultiarmedBandit(environment.Environment[EnvState, EnvParams]):
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Pull an arm: observation (2,), state, reward, terminated, {}."""
         pays = self.sample_payout(key) < state.probabilities[action]
-        scale = jnp.float32(1.0) / params.max_steps_in_episode
+        scale = 1.0 / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         state = EnvState(time=state.time + 1, probabilities=state.probabilities)
         observation = cards.one_hot(pays, 2)
         reward = jnp.where(pays, scale, -scale)

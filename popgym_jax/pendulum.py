@@ -73,7 +73,7 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
         """Any angle, a low speed: observation float32 (2,) and state."""
         key_state, key_observe = self.reset_keys(key)
         unit = prng.uniform(prng.bits(key_state, 2), -1.0, 1.0)
-        physics = unit * jnp.array([jnp.pi, 1.0])
+        physics = unit * jnp.array([jnp.pi, 1.0], jnp.float32)
         state = EnvState(time=jnp.zeros((), jnp.int32), physics=physics)
         return self.observe(key_observe, state, None, params), state
 
@@ -85,9 +85,10 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Apply the torque for one time step: observation (2,), state, reward, terminated, {}."""
-        torque = jnp.clip(jnp.reshape(action, ()), -MAX_TORQUE, MAX_TORQUE)
+        torque = jnp.asarray(action, jnp.float32).reshape(())
+        torque = jnp.clip(torque, -MAX_TORQUE, MAX_TORQUE)
         reward = (MEAN_COST - cost(state.physics, torque)) / MEAN_COST
-        reward = reward / params.max_steps_in_episode
+        reward = reward / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         state = EnvState(time=state.time + 1, physics=euler_step(state.physics, torque))
         observation = self.observe(key, state, action, params)
         return observation, state, reward, self.is_terminated(state, params), {}
@@ -139,7 +140,8 @@ class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
 
     def sample_noise(self, key: jax.Array, params: NoisyEnvParams) -> jax.Array:
         """Noise on cos(theta) and sin(theta), float32 (2,)."""
-        return params.noise_sigma * prng.normal(prng.bits(key, 2))
+        sigma = jnp.asarray(params.noise_sigma, jnp.float32)
+        return sigma * prng.normal(prng.bits(key, 2))
 
     def observe(
         self, key: jax.Array, state: EnvState, action: jax.Array | None, params: NoisyEnvParams

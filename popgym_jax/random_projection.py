@@ -107,11 +107,12 @@ class RandomProjection(Wrapper):
         space = self.env.action_space(params)
         if isinstance(space, spaces.Discrete):
             return state.M_a[action]
-        low, high = (np.broadcast_to(end, space.shape) for end in (space.low, space.high))
+        low = np.broadcast_to(np.float32(space.low), space.shape)
+        high = np.broadcast_to(np.float32(space.high), space.shape)
         centre, half = (low + high) / 2, (high - low) / 2
-        scaled = (jnp.reshape(action, space.shape) - centre) / half
+        scaled = (jnp.asarray(action, jnp.float32).reshape(space.shape) - centre) / half
         projected = jnp.clip(project(state.M_a, scaled.ravel()), -1.0, 1.0)
-        return centre + half * projected.reshape(space.shape)
+        return jnp.asarray(centre) + half * projected.reshape(space.shape)
 
     def observe(
         self, key: jax.Array, state: ProjectionState, action: Any | None, params: Any
@@ -146,5 +147,5 @@ def random_orthogonal(key: jax.Array, rows: int, columns: int) -> jax.Array:
     """
     long, short = max(rows, columns), min(rows, columns)
     q, r = jnp.linalg.qr(prng.normal(prng.bits(key, rows * columns)).reshape(long, short))
-    q = q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
+    q = q * jnp.where(jnp.diagonal(r) < 0, jnp.float32(-1.0), jnp.float32(1.0))
     return q if rows >= columns else q.T

@@ -79,7 +79,7 @@ class PreviousActionAndStart(Wrapper):
         elif isinstance(space, spaces.Discrete):
             previous = jax.nn.one_hot(action, space.n, dtype=jnp.float32)
         else:
-            previous = jnp.reshape(action, self.num_actions).astype(jnp.float32)
+            previous = jnp.asarray(action, jnp.float32).reshape(self.num_actions)
         start = jnp.full(1, action is None, jnp.float32)
         return jnp.concatenate([obs, previous, start])
 
@@ -101,8 +101,8 @@ class StatisticsState(environment.EnvState):
     """env_state: of the environment inside; time: steps taken in the running episode, int32 ().
 
     running_return: of the running episode, float32 ()
-    last_return, last_length: of the last finished episode, float32 () and int32 (); NaN and 0
-        before there is one
+    last_return, last_length: of the last finished episode, float32 () and int32 (); both 0 before
+        there is one, which `episodes` tells
     episodes: number of finished episodes, int32 ()
     """
 
@@ -118,8 +118,9 @@ class EpisodeStatistics(Wrapper):
 
     `step` adds to info, beside what is there: "episode_ended", whether this step is the last of an
     episode, bool (); "episode_return", float32 (), and "episode_length", int32 (), of the last
-    finished episode, this step's included, NaN and 0 before there is one; "episodes", how many have
-    finished since `reset`, int32 (). A return is the sum of rewards, added up in float32.
+    finished episode, this step's included; "episodes", how many have finished since `reset`, int32
+    (). Return and length are 0 as long as "episodes" is: only that tells such a 0 from a return.
+    A return is the sum of rewards, added up in float32.
 
     It must be the outermost wrapper, and has `reset` and `step` only, not `reset_env` and
     `step_env`: what it counts outlives an episode.
@@ -134,7 +135,7 @@ class EpisodeStatistics(Wrapper):
             time=none,
             env_state=env_state,
             running_return=zero,
-            last_return=jnp.full((), jnp.nan, jnp.float32),
+            last_return=zero,
             last_length=none,
             episodes=none,
         )

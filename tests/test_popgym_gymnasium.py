@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import QUICK, ROOT
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.spaces.utils import flatten_space
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import popgym_jax
@@ -80,6 +81,32 @@ def test_seed_of_the_reset_decides_everything(name):
     starts = [str(env.reset()[0]) + str(env.step(env.action_space.sample())[0]) for _ in range(20)]
     assert len(set(starts)) > 1
     assert str(random_episode(to_gymnasium(name), 1)) != str(random_episode(to_gymnasium(name), 1))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**64 + 5, 2**70, 1.5, "1", np.float32(3)])
+def test_seed_that_another_one_would_equal_or_that_is_none_is_refused_and_changes_nothing(seed):
+    env = to_gymnasium("RepeatFirstEasy")
+    env.reset(seed=3)
+    with pytest.raises(ValueError, match=rf"^seed must be an integer 0 to 2\*\*64 - 1, got {re.escape(str(seed))}$"):
+        env.reset(seed=seed)
+    other = to_gymnasium("RepeatFirstEasy")
+    other.reset(seed=3)
+    assert str(env.step(1)) == str(other.step(1))
+
+
+def test_every_bit_of_a_seed_counts_and_both_views_agree():
+    seeds = [0, *(2**i for i in range(64)), 2**64 - 4]
+    first_words = {tuple(gymnasium_view._words(seed).tolist()) for seed in seeds}
+    assert len(first_words) == len(seeds)
+    for seed in (np.uint64(2**64 - 4), np.int32(7)):
+        vector = to_gymnasium_vector("MultiarmedBanditEasy", 4)
+        vector.reset(seed=seed)
+        singles = [to_gymnasium("MultiarmedBanditEasy") for _ in range(4)]
+        for i, single in enumerate(singles):
+            single.reset(seed=int(seed) + i)
+            np.testing.assert_array_equal(
+                single._play.state.probabilities, np.asarray(vector._play.state.probabilities)[i]
+            )
 
 
 def test_values_are_numpy_arrays_of_their_own_and_python_scalars():
@@ -188,6 +215,28 @@ def test_gymnasium_makes_another_one_from_the_spec():
     vector = gymnasium.make_vec(env.spec, num_envs=3, autoreset_mode="SameStep")
     assert type(vector) is gymnasium_view.GymnasiumVectorView and vector.num_envs == 3
     assert vector.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+
+
+def test_every_environment_is_registered_with_gymnasium():
+    ours = {spec for spec in gymnasium.registry if spec.startswith("popgym_jax/")}
+    assert ours == {f"popgym_jax/{name}-v0" for name in popgym_jax.registered_envs + popgym_jax.meta_envs}
+    for spec in ours:  # nothing is compiled before the first reset
+        env = gymnasium.make(spec)
+        assert type(env.unwrapped) is gymnasium_view.GymnasiumView
+        assert env.spec.id == env.unwrapped.spec.id == to_gymnasium(env.unwrapped.jax_env.name).spec.id == spec
+
+
+def test_registered_environment_is_the_view_and_content_with_gymnasiums_checker():
+    env = gymnasium.make("popgym_jax/RepeatPreviousHard-v0")
+    plain = to_gymnasium("RepeatPreviousHard")
+    assert str(env.reset(seed=4)) == str(plain.reset(seed=4))
+    assert str(env.step(2)) == str(plain.step(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make("popgym_jax/RepeatFirstEasy-v0").unwrapped)
+    vector = gymnasium.make_vec("popgym_jax/RepeatPreviousHard-v0", num_envs=3)
+    assert type(vector) is gymnasium_view.GymnasiumVectorView and vector.num_envs == 3
+    assert vector.reset(seed=4)[0][0].tolist() == plain.reset(seed=4)[0].tolist()
 
 
 # ---------------------------------------------------------------- many environments
@@ -342,7 +391,13 @@ def replayed(steps):
         (lambda env: env.step([0, 1, 2]), r"action must have shape \(4,\), got \(3,\)"),
         (lambda env: env.step([0, 1, 2, 4]), r"action must be an integer 0 to 3, got \[0 1 2 4\]"),
         (lambda env: env.reset(seed=[1, 2]), "seed must be one or 4, got 2"),
-        (lambda env: env.reset(seed=[1, 2, 3, -4]), "seed must be at least 0, got -4"),
+        (lambda env: env.reset(seed=[1, 2, 3, -4]), r"seed must be an integer 0 to 2\*\*64 - 1, got -4"),
+        (lambda env: env.reset(seed=[1, 2, 3, 2**64]), rf"seed must be an integer 0 to 2\*\*64 - 1, got {2**64}"),
+        (lambda env: env.reset(seed=-1), r"seed must be an integer 0 to 2\*\*64 - 1, got -1"),
+        (
+            lambda env: env.reset(seed=2**64 - 3),
+            rf"seed of 4 environments must be at most 2\*\*64 - 4, got {2**64 - 3}",
+        ),
         (
             lambda env: env.reset(options={"reset_mask": np.zeros(4, bool)}),
             r"reset_mask must be bool \(4,\) with at least one True, got bool \(4,\)",
@@ -371,12 +426,108 @@ def test_vector_needs_a_reset_first():
 # ---------------------------------------------------------------- import and installation
 
 
-def python(code, cwd=ROOT, **variables):
+def python(code, cwd=ROOT, timeout=None, **variables):
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=os.environ | variables, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
+
+
+def test_gymnasium_imports_the_module_that_an_id_names_and_importing_it_twice_warns_of_nothing():
+    code = (
+        "import warnings; warnings.simplefilter('error', UserWarning)\n"
+        "import gymnasium, importlib\n"
+        "env = gymnasium.make('popgym_jax.gymnasium_view:popgym_jax/RepeatPreviousHard-v0')\n"
+        "import popgym_jax.gymnasium_view as view\n"
+        "number = len(gymnasium.registry)\n"
+        "importlib.reload(view)\n"
+        "print(env.spec.id, len(gymnasium.registry) - number)"
+    )
+    assert python(code) == "popgym_jax/RepeatPreviousHard-v0 0"
+
+
+def test_process_that_is_spawned_plays_what_the_vector_plays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+    envs = AsyncVectorEnv([functools.partial(to_gymnasium, "RepeatPreviousEasy")], context="spawn")
+    try:
+        ours = to_gymnasium_vector("RepeatPreviousEasy", 1)
+        np.testing.assert_array_equal(envs.reset(seed=5)[0], ours.reset(seed=5)[0])
+        for found, expected in zip(envs.step([1])[:4], ours.step([1])[:4], strict=True):
+            np.testing.assert_array_equal(found, expected)
+    finally:
+        envs.close()
+
+
+FORKED = """
+import functools, multiprocessing, popgym_jax
+from gymnasium.vector import AsyncVectorEnv
+multiprocessing.set_start_method("fork")
+make = functools.partial(popgym_jax.to_gymnasium, "RepeatPreviousEasy")
+envs = AsyncVectorEnv([make, make])
+try:
+    envs.reset(seed=0)
+except RuntimeError as error:
+    print(error)
+envs.close(terminate=True)
+
+
+def use_vector(queue):
+    vector = popgym_jax.to_gymnasium_vector("RepeatPreviousEasy", 2)
+    for call in (vector.reset, lambda: vector.step([0, 0]), lambda: make().step(0)):
+        try:
+            call()
+        except RuntimeError as error:
+            queue.put(str(error))
+
+
+queue = multiprocessing.Queue()
+process = multiprocessing.Process(target=use_vector, args=(queue,))
+process.start()
+for _ in range(3):
+    print(queue.get(timeout=30))
+process.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_processes_are_told_what_to_do_instead_of_waiting_forever():
+    said = python(FORKED, timeout=90).splitlines()
+    assert len(said) == 4 and len(set(said)) == 1
+    assert 'context="spawn"' in said[0] and "popgym_jax.to_gymnasium_vector" in said[0]
+
+
+SHOWN = """
+import jax, numpy as np, popgym_jax
+from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, make
+
+
+def kinds(x):
+    if isinstance(x, dict):
+        return {name: kinds(value) for name, value in x.items()}
+    return type(x).__name__, str(getattr(x, "dtype", "")), np.round(np.asarray(x, float), 4).tolist()
+
+
+pendulum = RandomProjection(make("PositionOnlyPendulumEasy")[0], 3)
+for env in ("MetaStatelessCartPole", EpisodeStatistics(PreviousActionAndStart(pendulum))):
+    for view in (popgym_jax.to_gymnasium(env), popgym_jax.to_gymnasium_vector(env, 2)):
+        print(kinds(view.reset(seed=1)[0]))
+        action = np.ones(view.action_space.shape, view.action_space.dtype)
+        for _ in range(2):
+            print([kinds(x) for x in view.step(action)])
+print(jax.config.jax_enable_x64)
+"""
+
+
+def test_views_give_the_same_types_and_numbers_in_64_bit_mode():
+    usual, wide = (python(SHOWN, JAX_ENABLE_X64=flag, XLA_FLAGS=QUICK).splitlines() for flag in ("0", "1"))
+    assert len(usual) == 13 and usual[-1] == "False" and wide[-1] == "True"
+    assert usual[:-1] == wide[:-1]
 
 
 def test_views_are_imported_when_they_are_used():

@@ -220,6 +220,7 @@ def test_thousand_environments_keep_their_promises_for_thousand_steps(name):
     run = long_run(name)
     broken = {check: np.flatnonzero(~held) for check, held in run.checks.items() if not held.all()}
     assert not broken
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves(run.trace))
     longest = promise(name).length
     assert popgym_jax.make(name)[1].max_steps_in_episode == longest
     assert (run.episodes >= NUM_STEPS // longest).all()
@@ -377,9 +378,24 @@ def test_step_without_jit_is_the_step_with_jit(name):
     trace = long_run(name).trace
     for t, i in moments(trace, 1):
         now = jax.tree.map(lambda x, t=t, i=i: jnp.asarray(x[t, i]), trace)
-        with jax.disable_jit():
+        with jax.disable_jit(), jax.debug_nans(True):
             result = env.step(jax.random.wrap_key_data(now.key), now.before, now.action, params)
         assert_close(result, tuple(now[3:]), is_exact(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_step_and_reset_are_the_same_in_64_bit_mode(name):
+    """Types of everything else: test_popgym_flags.py."""
+    trace = long_run(name).trace
+    times, copies = np.transpose(moments(trace, 4))
+    now = jax.tree.map(lambda x: x[times, copies], trace)
+    assert (now.terminated | now.truncated).any() and not (now.terminated | now.truncated).all()
+    actions = now.action.astype(np.float64 if now.action.dtype == np.float32 else np.int64)
+    with jax.enable_x64(True):
+        env, params = popgym_jax.make(name)
+        step = fast_jit(jax.vmap(env.step, (0, 0, 0, None)))
+        result = jax.device_get(step(jax.random.wrap_key_data(now.key), now.before, actions, params))
+    assert_close(result, tuple(now[3:]), is_exact(name))
 
 
 # ---------------------------------------------------------------- the rule for vmap
