@@ -17,6 +17,7 @@ from scipy import stats
 
 import popgym_jax
 import ppo_s5_popgym as ppo
+import s5_common as common
 from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, environment
 from popgym_jax.cartpole import PositionOnlyCartPole
 from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
@@ -472,7 +473,7 @@ for flags in sys.argv[1].split(";"):
 
 def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path):
     (tmp_path / "old").mkdir()
-    ppo.save_trials(tiny_args(eval=str(tmp_path / "old")), np.ones((1, 4, 18)))
+    ppo.save_trials(tiny_args(eval=str(tmp_path / "old")), np.ones((1, 4, 18)), beside={})
     flags = {"env": "MetaStatelessCartPole", "total_timesteps": 128, "arch": "mlp", "num_seeds": 2, "run_dir": "a"}
     lines = [" ".join(tiny_flags(**flags)), "--eval a --eval-trials 18 --eval-beside old"]
     lines += [" ".join(tiny_flags(eval_trials=number, run_dir="none")) for number in (3, -1)]
@@ -495,10 +496,16 @@ def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path
 def test_table_of_trials_against_plain_sums_and_missing_tables_before_anything_is_written(tmp_path):
     returns = np.random.default_rng(0).random((2, 5, 3))
     args = tiny_args(eval=str(tmp_path), seed=7)
-    with pytest.raises(OSError, match="trials_3.csv"):
-        ppo.save_trials(dataclasses.replace(args, eval_beside=(str(tmp_path / "missing"),)), returns)
-    assert not list(tmp_path.iterdir())
-    rows = np.loadtxt(ppo.save_trials(args, returns), delimiter=",", skiprows=1).reshape(2, 3, 4)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "trials_3.csv").write_text("no table")
+    for other in ("missing", "other"):
+        beside = dataclasses.replace(args, eval_beside=(str(tmp_path / other),))
+        with pytest.raises(common.UsageError, match="trials_3.csv is no table of trials"):
+            ppo.read_trials(beside, 3)
+    table = ppo.save_trials(args, returns, beside={})
+    beside = ppo.read_trials(dataclasses.replace(args, eval_beside=(str(tmp_path),)), 3)
+    rows = beside[str(tmp_path)].reshape(2, 3, 4)
+    assert table.with_suffix(".png").exists()
     for s, k in itertools.product(range(2), range(3)):
         own = returns[s, :, k]
         np.testing.assert_allclose(rows[s, k], [7 + s, 1 + k, own.mean(), stats.sem(own)], rtol=1e-6)
