@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import s5_common as common
 
 
-# ---- 1. Arguments ----------------------------------------------------------------------------------------------------
+# ---- 1. Arguments --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RunFlags:
     """The run: what is trained, where it is kept."""
@@ -224,7 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- 2. Environments, as bsuite defines them -------------------------------------------------------------------------
+# ---- 2. Environments, as bsuite defines them -----------------------------------------------------
 class Task(NamedTuple):
     """A bsuite task: gymnax's environment, and what gymnax leaves out or does differently."""
 
@@ -299,7 +299,7 @@ def step_envs(task: Task, key: Array, state: Any, action: Array) -> tuple[Array,
     return obs.reshape(batch, -1).astype(jnp.float32), new_state, reward.astype(jnp.float32)
 
 
-# ---- 3. Network ------------------------------------------------------------------------------------------------------
+# ---- 3. Network ----------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -434,7 +434,7 @@ class ActorCritic(nn.Module):
         return new_carry, self.actor(x), self.critic(x)[..., 0]
 
 
-# ---- 4. Pytrees ------------------------------------------------------------------------------------------------------
+# ---- 4. Pytrees ----------------------------------------------------------------------------------
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -471,7 +471,7 @@ class Segment(NamedTuple):
     reward: Array
 
 
-# ---- 5. Returns and loss ---------------------------------------------------------------------------------------------
+# ---- 5. Returns and loss -------------------------------------------------------------------------
 def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array) -> Array:
     """The TD(lambda) return (Sutton and Barto 2018, section 12.1), float (T, B), of reward and value (T, B).
 
@@ -522,7 +522,7 @@ def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap:
     return loss, metrics
 
 
-# ---- 6. Segment, update, episode -------------------------------------------------------------------------------------
+# ---- 6. Segment, update, episode -----------------------------------------------------------------
 def make_setup(args: Args) -> Setup:
     """Task, network, optimiser and devices for these flags. Raises UsageError."""
     task = make_task(args)
@@ -655,7 +655,7 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=everywhere)
 
 
-# ---- 7. Evaluation and bsuite's way of reporting ---------------------------------------------------------------------
+# ---- 7. Evaluation and bsuite's way of reporting -------------------------------------------------
 def print_evaluation(args: Args) -> None:
     """Play with the newest checkpoint of --eval, from a fixed key: mean, standard error, quantiles for each seed."""
     setup = make_setup(args)
@@ -727,7 +727,7 @@ def write_bsuite_log(path: Path, env: str, length: int, history: np.ndarray) -> 
         writer.writerows(rows)
 
 
-# ---- 8. Training and command line ------------------------------------------------------------------------------------
+# ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
     setup = make_setup(args)

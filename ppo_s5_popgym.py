@@ -36,7 +36,7 @@ import popgym_jax
 import s5_common as common
 
 
-# ---- 1. Arguments ----------------------------------------------------------------------------------------------------
+# ---- 1. Arguments --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RunFlags:
     """The run: what is trained, where it is kept."""
@@ -249,7 +249,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- 2. Environment and what the agent sees of it --------------------------------------------------------------------
+# ---- 2. Environment and what the agent sees of it ------------------------------------------------
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
     """Observation (B, O), previous action int (B,) or float (B, A), start flag (B,) -> float (B, O + A + 1).
 
@@ -293,7 +293,7 @@ def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> EnvStep:
     )
 
 
-# ---- 3. Network ------------------------------------------------------------------------------------------------------
+# ---- 3. Network ----------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -473,7 +473,7 @@ class ActorCritic(nn.Module):
         return Policy(mean=mean, log_std=log_std), self.critic(x)[..., 0]
 
 
-# ---- 4. Pytrees ------------------------------------------------------------------------------------------------------
+# ---- 4. Pytrees ----------------------------------------------------------------------------------
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -521,7 +521,7 @@ class Rollout(NamedTuple):
     so_far: dict[str, Array]  # as in Runner, this step included
 
 
-# ---- 5. Advantages and loss ------------------------------------------------------------------------------------------
+# ---- 5. Advantages and loss ----------------------------------------------------------------------
 def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
 
@@ -586,7 +586,7 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
     return loss, metrics
 
 
-# ---- 6. Rollout and update -------------------------------------------------------------------------------------------
+# ---- 6. Rollout and update -----------------------------------------------------------------------
 def make_setup(args: Args) -> Setup:
     """Environment, network, optimiser and devices for these flags. Raises UsageError."""
     try:
@@ -794,7 +794,7 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
 
 
-# ---- 7. Evaluation ---------------------------------------------------------------------------------------------------
+# ---- 7. Evaluation -------------------------------------------------------------------------------
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
     """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
     envs = jnp.arange(setup.args.eval_episodes, dtype=jnp.int32)
@@ -881,7 +881,7 @@ def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-# ---- 8. Training and command line ------------------------------------------------------------------------------------
+# ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
     setup = make_setup(args)

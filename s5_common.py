@@ -48,7 +48,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 
-# ---- 1. State-space numerics ----------------------------------------------------------------------------------------
+# ---- 1. State-space numerics ---------------------------------------------------------------------
 def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS. Gu et al. 2020, 2022; Smith et al. 2023, B.1.
 
@@ -195,7 +195,7 @@ def _recurrence_forward(Lambda_bar, drive, keep, carry):
 linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-# ---- 2. The memories that S5 is compared with -----------------------------------------------------------------------
+# ---- 2. The memories that S5 is compared with ----------------------------------------------------
 # All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed before it reads.
 #   initial_carry(batch)           -> carry       the environments B lead every leaf
 #   kernels()                      -> kernels     what step can reuse for as long as the parameters stay as they are
@@ -309,7 +309,7 @@ class Attention(Memory):
         return (tuple(cache), new_length), jnp.swapaxes(x, 0, 1)
 
 
-# ---- 3. Arguments and errors ----------------------------------------------------------------------------------------
+# ---- 3. Arguments and errors ---------------------------------------------------------------------
 class UsageError(ValueError):
     """Bad input. The message names the flag, its value and what is allowed."""
 
@@ -466,7 +466,7 @@ def check_new_directory(path: Path) -> None:
         raise UsageError(f"--run-dir {path}: {parent} is not writable; choose another")
 
 
-# ---- 4. Compilation and placement -----------------------------------------------------------------------------------
+# ---- 4. Compilation and placement ----------------------------------------------------------------
 def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callable:
     """``jax.jit(function, **options)``, compiled for these arguments; as it is where JAX_DISABLE_JIT asks for that."""
     jitted = jax.jit(function, **options)
@@ -521,7 +521,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-# ---- 5. A run on disk -----------------------------------------------------------------------------------------------
+# ---- 5. A run on disk ----------------------------------------------------------------------------
 class Mean(NamedTuple):
     """A metric that is total / number, and an empty field of metrics.csv where number is 0."""
 
