@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -56,10 +56,12 @@ def point_mass_hard() -> Any:
             self._mjx_model = mjx.put_model(self.mj_model, impl="jax")
 
         def reset(self, rng):
-            state, turn = super().reset(rng), jax.random.uniform(jax.random.fold_in(rng, 1), (3,))
+            own_key, turn_key = jax.random.split(rng)  # PointMass.reset splits its key too, so it gets one of its own
+            state = super().reset(own_key)
+            turn = jax.random.uniform(turn_key, (3,), jnp.float32)
             # rejecting near-parallel pairs leaves the angle between them uniform over the two arcs that remain
             between = math.acos(0.9) + (math.pi - 2 * math.acos(0.9)) * turn[1] + math.pi * (turn[2] < 0.5)
-            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0]) * between
+            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0], jnp.float32) * between
             state.info["directions"] = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)  # a row for each actuator
             return state
 
@@ -88,22 +90,53 @@ def environments(args: Any) -> dict[str, Callable]:
     return found | {"PointMassHard": point_mass_hard}
 
 
-def make_task(args: Any, name: str, flag: str) -> Task:
-    """The task of --suite that --FLAG names, without the wrappers of its package. Raises UsageError."""
-    if name not in (makers := environments(args)):
+def task_maker(args: Any, name: str, flag: str) -> Callable:
+    """What makes the task of --suite that --FLAG names. Raises UsageError."""
+    makers = environments(args)
+    if name not in makers:
         why = "fails under this version of jax" if (args.suite, name) == ("brax", "swimmer") else "unknown"
         raise common.UsageError(f"--{flag} {name}: {why}; must be of {', '.join(makers)}")
-    made = makers[name]()
+    return makers[name]
+
+
+def in_32_bits(function: Callable) -> Callable:
+    """A reset or step whose numbers are 32 bits wide. The simulators do not declare their types: JAX_ENABLE_X64 would
+    make some of them 64 bits wide, and the states that a loop carries would change their types within it."""
+
+    @wraps(function)
+    def call(*arguments):
+        with jax.enable_x64(False):
+            return jax.tree.map(jnp.asarray, function(*arguments))
+
+    return call
+
+
+def make_task(args: Any, name: str, flag: str) -> Task:
+    """The task of --suite that --FLAG names, without the wrappers of its package. Raises UsageError."""
+    maker = task_maker(args, name, flag)
+    with jax.enable_x64(False):  # as in in_32_bits
+        made = maker()
     if args.suite == "gymnax":
         env, params = made
         actions, features = env.action_space(params), env.observation_space(params).shape[0]
+
+        def reset_gymnax(key):
+            return env.reset_env(key, params)
 
         def step_gymnax(key, state, action):
             obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
             return obs, state, jnp.squeeze(reward).astype(jnp.float32), jnp.squeeze(terminated)
 
-        sizes = features, math.prod(actions.shape), float(np.min(actions.low)), float(np.max(actions.high))
-        return Task(name, *sizes, name != "Pendulum-v1", lambda key: env.reset_env(key, params), step_gymnax)
+        return Task(
+            name=name,
+            obs_size=features,
+            action_size=math.prod(actions.shape),
+            low=float(np.min(actions.low)),
+            high=float(np.max(actions.high)),
+            ends=name != "Pendulum-v1",
+            reset=in_32_bits(reset_gymnax),
+            step=in_32_bits(step_gymnax),
+        )
 
     def reset(key):
         state = made.reset(key)
@@ -117,4 +150,13 @@ def make_task(args: Any, name: str, flag: str) -> Task:
         after = jax.tree.map(partial(jnp.where, failed), state, after)  # such a step is not taken
         return after.obs, after, jnp.where(failed, 0.0, after.reward), jnp.zeros((), bool)
 
-    return Task(name, made.observation_size, made.action_size, -1.0, 1.0, args.suite == "brax", reset, step)
+    return Task(
+        name=name,
+        obs_size=made.observation_size,
+        action_size=made.action_size,
+        low=-1.0,
+        high=1.0,
+        ends=args.suite == "brax",
+        reset=in_32_bits(reset),
+        step=in_32_bits(step),
+    )

@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import s5_common as common
-from control_tasks import SUITES, Task, environments, make_task
+from control_tasks import SUITES, Task, environments, make_task, task_maker
 
 
 # ---- 2. Arguments ----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class Args:
     seed: int = 0  # seed of the first agent
     num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
     total_timesteps: int = 16_000_000  # environment steps for each agent, rounded up to whole rollouts
-    num_envs: int = 96  # parallel slots B, an equal share for each task
+    num_envs: int = 96  # parallel slots B, shared out between the tasks as evenly as can be
     num_steps: int = 125  # steps of a rollout T, a divisor of meta-steps; gradients do not reach further back
     num_minibatches: int = 8  # minibatches of an epoch; each takes whole sequences of some slots
     update_epochs: int = 1  # passes over each rollout
@@ -104,25 +104,51 @@ class Args:
         """Raise UsageError for values that cannot work."""
         zero = {"seed", "vf_coef", "ent_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
         zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval", "eval_noise"}
-        most = {"gamma": 1, "retrace_lambda": 1, "muesli_target_rate": 1, "muesli_advantage_decay": 0.9999}
-        common.check_args(self, zero, most)
-        steps, whole = f"--num-steps {self.num_steps}", self.num_minibatches * self.num_devices
-        parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
-        for wrong, what in (
-            (self.meta_steps % self.num_steps, f"{steps}: must divide --meta-steps {self.meta_steps}"),
-            (self.muesli_unroll >= self.num_steps, f"--muesli-unroll {self.muesli_unroll}: must be below {steps}"),
-            (self.num_envs % whole, f"--num-envs {self.num_envs}: must be a multiple of {parts}"),
-        ):
-            if wrong:
-                raise common.UsageError(what)
+        at_least = {"meta_steps": 10}  # an evaluation shows tenths of a meta-episode
+        at_most = {"gamma": 1, "retrace_lambda": 1, "muesli_target_rate": 1, "muesli_advantage_decay": 0.9999}
+        common.check_args(self, zero, at_least, at_most)
+        train, _ = task_names(self)
+        steps = f"--num-steps {self.num_steps}"
+        envs = f"--num-envs {self.num_envs}"
+        devices = f"--num-devices {self.num_devices}"
+        parts = f"--num-minibatches {self.num_minibatches} x {devices}"
+        if self.meta_steps % self.num_steps:
+            raise common.UsageError(f"{steps}: must divide --meta-steps {self.meta_steps}")
+        if self.muesli_unroll >= self.num_steps:
+            raise common.UsageError(f"--muesli-unroll {self.muesli_unroll}: must be below {steps}")
+        if self.num_envs % (self.num_minibatches * self.num_devices):
+            raise common.UsageError(f"{envs}: must be a multiple of {parts}")
+        if self.num_envs < len(train):
+            raise common.UsageError(f"{envs}: must be at least 1 for each of {len(train)} tasks")
+        for share in sorted(set(task_shares(self.num_envs, len(train)))):
+            if share % self.num_devices:
+                raise common.UsageError(f"{devices}: must divide {share}, the slots of a task with {envs}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"preset": "paper", "total_timesteps": 2_000_000_000, "num_envs": 1024, "num_steps": 1000}
-    | {"num_minibatches": 1, "learning_rate": 3e-4, "anneal_lr": False, "gamma": 0.995, "encoder_layers": (512, 512)}
-    | {"s5_layers": 10, "s5_width": 256, "s5_state": 128, "s5_norm": False, "rnn_width": 512}
-    | {"vf_coef": 1.0, "muesli_model_coef": 3.0, "muesli_retrace_q": True},
+    "paper": {
+        "preset": "paper",
+        "total_timesteps": 2_000_000_000,
+        "num_envs": 1024,
+        "num_steps": 1000,
+        # Our reading. As one minibatch, 1024 x 1000 frames would be 49 gradient steps in 50e6 frames, by which the
+        # paper's reacher_easy has passed 800. So they are what is collected between two updates, and the learner goes
+        # through them 16 sequences at a time, what one of the paper's 64 TPUs holds: 3,136 gradient steps.
+        "num_minibatches": 64,
+        "learning_rate": 3e-4,
+        "anneal_lr": False,
+        "gamma": 0.995,
+        "encoder_layers": (512, 512),
+        "s5_layers": 10,
+        "s5_width": 256,
+        "s5_state": 128,
+        "s5_norm": False,
+        "rnn_width": 512,
+        "vf_coef": 1.0,
+        "muesli_model_coef": 3.0,
+        "muesli_retrace_q": True,
+    },
 }
 
 
@@ -134,9 +160,42 @@ def task_names(args: Args) -> tuple[tuple[str, ...], tuple[str, ...]]:
     held_out = own[1] or tuple(name for name in SUITES[args.suite][1] if name not in train)
     if len(set(train)) < len(train):
         raise common.UsageError(f"--tasks {args.tasks}: names a task twice")
+    if len(set(held_out)) < len(held_out):
+        raise common.UsageError(f"--eval-tasks {args.eval_tasks}: names a task twice")
     if both := sorted(set(train) & set(held_out)):
         raise common.UsageError(f"--eval-tasks {args.eval_tasks}: {both[0]} is trained on")
     return train, held_out
+
+
+def check_task_names(args: Args) -> None:
+    """Raise UsageError for an unknown task, before the first one is made, which takes seconds."""
+    train, held_out = task_names(args)
+    for name in train:
+        task_maker(args, name, "tasks")
+    for name in held_out:
+        task_maker(args, name, "eval-tasks")
+
+
+def task_shares(num_envs: int, tasks: int) -> tuple[int, ...]:
+    """Slots of each task: equal shares, or shares in whole units, the first tasks with one unit more.
+
+    A unit is the largest power of two up to 8 that divides the slots and leaves a unit for each task, so that the
+    shares still spread over up to 8 devices. 1024 slots of 6 tasks: 128 units of 8, 176, 176, 168, 168, 168, 168.
+    The number of devices has no say: a run may be resumed on another one. All slots keep their simulators, as to draw
+    the task anew in each meta-episode, as Algorithm 1 does, every slot would have to step the simulators of all tasks.
+    num_envs: at least one for each task.
+    """
+    if num_envs % tasks == 0:
+        return (num_envs // tasks,) * tasks
+    unit = next(unit for unit in (8, 4, 2, 1) if num_envs % unit == 0 and num_envs // unit >= tasks)
+    least, more = divmod(num_envs // unit, tasks)
+    return tuple(unit * (least + (place < more)) for place in range(tasks))
+
+
+def by_task(setup: Setup, x: Array) -> list[Array]:
+    """An array (B, ...) in parts, the slots of each task."""
+    shares = task_shares(len(x), len(setup.tasks))
+    return jnp.split(x, np.cumsum(shares)[:-1].tolist())
 
 
 class World(NamedTuple):
@@ -147,7 +206,8 @@ class World(NamedTuple):
     obs: Array  # (B, F), what the agent reads next
     start: Array  # (B,), 1 where obs opens a meta-episode
     time: Array  # steps taken in the meta-episode, int32 (B,)
-    so_far: Array  # return since it began, (B,); NaN in a first one that did not begin at its first step
+    so_far: Array  # return since it began, or since the run did, (B,)
+    whole: Array  # bool (B,), false in a first meta-episode that did not begin at its first step
 
 
 def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Array]:
@@ -159,11 +219,21 @@ def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Arra
     """
     O, A = setup.obs_size, setup.action_size  # noqa: E741
     if not setup.args.projection:
-        return jnp.eye(O, task.obs_size), jnp.eye(task.action_size, A)
+        return jnp.eye(O, task.obs_size, dtype=jnp.float32), jnp.eye(task.action_size, A, dtype=jnp.float32)
     obs_key, action_key = jax.random.split(key)
-    Q = jax.random.orthogonal(obs_key, max(O, task.obs_size))[:O, : task.obs_size]
-    M_a = jax.random.orthogonal(action_key, max(A, task.action_size))[: task.action_size, :A]
+    Q = jax.random.orthogonal(obs_key, max(O, task.obs_size), dtype=jnp.float32)[:O, : task.obs_size]
+    action_key = once_computed(Q, action_key)
+    M_a = jax.random.orthogonal(action_key, max(A, task.action_size), dtype=jnp.float32)[: task.action_size, :A]
     return math.sqrt(max(1, O / task.obs_size)) * Q, M_a / jnp.linalg.norm(M_a, axis=1, keepdims=True)
+
+
+def once_computed(x: Array, keys: Array) -> Array:
+    """The keys as they are, but not before x is computed.
+
+    jax.random.orthogonal decomposes matrices, and several large batches of decompositions at once, as those of six
+    tasks with 176 slots each, can block each other for ever on a CPU (jax 0.10). So they wait for one another.
+    """
+    return jnp.where(jnp.isfinite(x).all(), keys, 0)
 
 
 project = partial(jnp.einsum, "bnm,bm->bn")  # matrices (b, N, M), vectors (b, M) -> (b, N)
@@ -177,16 +247,31 @@ def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, 
 
 def reset_world(setup: Setup, key: Array) -> World:
     """New meta-episodes in all slots."""
-    batch, matrices, states, obs = setup.args.num_envs, [], [], []
-    for task, own in zip(setup.tasks, jax.random.split(key, len(setup.tasks)), strict=True):
-        projection_keys, reset_keys = jax.random.split(own, (2, batch // len(setup.tasks)))
-        matrices.append(jax.vmap(partial(sample_projection, setup, task))(projection_keys))
+    batch = setup.args.num_envs
+    shares = task_shares(batch, len(setup.tasks))
+    task_keys = jax.random.split(key, len(setup.tasks))
+    matrices, states, obs = [], [], []
+    for task, share, task_key in zip(setup.tasks, shares, task_keys, strict=True):
+        projection_keys, reset_keys = jax.random.split(task_key, (2, share))
+        if matrices:
+            projection_keys = once_computed(matrices[-1][1], projection_keys)
+        M_o, M_a = jax.vmap(partial(sample_projection, setup, task))(projection_keys)
         native, state = jax.vmap(task.reset)(reset_keys)
+        matrices.append((M_o, M_a))
         states.append(state)
-        obs.append(project(matrices[-1][0], native))
-    zeros, ones, no_action = jnp.zeros(batch), jnp.ones(batch), jnp.zeros((batch, setup.action_size))
-    seen = agent_input(jnp.concatenate(obs), zeros, zeros, no_action, ones)
-    return World(tuple(states), tuple(matrices), seen, ones, jnp.zeros(batch, jnp.int32), zeros)
+        obs.append(project(M_o, native))
+    zeros = jnp.zeros(batch, jnp.float32)
+    start = jnp.ones(batch, jnp.float32)
+    no_action = jnp.zeros((batch, setup.action_size), jnp.float32)
+    return World(
+        env_state=tuple(states),
+        matrices=tuple(matrices),
+        obs=agent_input(jnp.concatenate(obs), zeros, zeros, no_action, start),
+        start=start,
+        time=jnp.zeros(batch, jnp.int32),
+        so_far=zeros,
+        whole=jnp.ones(batch, bool),
+    )
 
 
 def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) -> tuple[Any, ...]:
@@ -206,12 +291,19 @@ def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) 
 
 def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[World, Array, Array]:
     """Step all slots with actions (B, A): the world moved on, rewards (B,), terminated (B,)."""
-    keys, actions = jax.random.split(key, len(setup.tasks)), jnp.split(action, len(setup.tasks))
-    groups = zip(setup.tasks, keys, world.env_state, world.matrices, actions, strict=True)
-    stepped = list(zip(*[step_task(*group) for group in groups], strict=True))
-    obs, reward, terminated = (jnp.concatenate(stepped[i]) for i in (0, 2, 3))
-    seen = agent_input(obs, reward, terminated, action, start := jnp.zeros_like(world.start))
-    later = World(stepped[1], world.matrices, seen, start, world.time + 1, world.so_far + reward)
+    keys = jax.random.split(key, len(setup.tasks))
+    groups = zip(setup.tasks, keys, world.env_state, world.matrices, by_task(setup, action), strict=True)
+    obs, states, rewards, ends = zip(*[step_task(*group) for group in groups], strict=True)
+    reward = jnp.concatenate(rewards)
+    terminated = jnp.concatenate(ends)
+    start = jnp.zeros_like(world.start)
+    later = world._replace(
+        env_state=states,
+        obs=agent_input(jnp.concatenate(obs), reward, terminated, action, start),
+        start=start,
+        time=world.time + 1,
+        so_far=world.so_far + reward,
+    )
     return later, reward, terminated
 
 
@@ -226,9 +318,19 @@ def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
     over = world.time >= setup.args.meta_steps
 
     def opened():
-        fresh, groups = reset_world(setup, key), jnp.split(over, len(setup.tasks))
-        slots = [tuple(map(select, groups, *both)) for both in zip(fresh[:2], world[:2], strict=True)]
-        return World(*slots, *select(over, fresh[2:], world[2:]))
+        fresh = reset_world(setup, key)
+        parts = by_task(setup, over)
+        states = zip(parts, fresh.env_state, world.env_state, strict=True)
+        matrices = zip(parts, fresh.matrices, world.matrices, strict=True)
+        return World(
+            env_state=tuple(select(*group) for group in states),
+            matrices=tuple(select(*group) for group in matrices),
+            obs=select(over, fresh.obs, world.obs),
+            start=select(over, fresh.start, world.start),
+            time=select(over, fresh.time, world.time),
+            so_far=select(over, fresh.so_far, world.so_far),
+            whole=select(over, fresh.whole, world.whole),
+        )
 
     return lax.cond(over.any(), opened, lambda: world)
 
@@ -252,33 +354,34 @@ class S5Layer(nn.Module):
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
-            return common.complex_to_packed((V.conj().T @ lecun_normal()(key, (2 * P, H))).T)
+            B = lecun_normal()(key, (2 * P, H), jnp.float32)
+            return common.complex_to_packed((V.conj().T.astype(jnp.complex64) @ B).T)
 
         def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
-            C = lecun_normal()(key, (H, 2 * P, 2))
-            return common.complex_to_packed((C[..., 0] + 1j * C[..., 1]) @ V).T
+            C = lecun_normal()(key, (H, 2 * P, 2), jnp.float32)
+            return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
             low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
-            return jax.random.uniform(key, (P,), minval=low, maxval=high)
+            return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
         self.B_tilde = self.param("B_tilde", init_B)
         self.C_tilde = self.param("C_tilde", init_C)
-        self.D = self.param("D", normal(1.0), (H,))
+        self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
         self.value, self.gate = nn.Dense(H), nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
-        return jnp.zeros((batch, 2 * self.args.s5_state))
+        return jnp.zeros((batch, 2 * self.args.s5_state), jnp.float32)
 
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
         # Deviation: the real part stays negative; the released code lets training push modes into growth.
-        Lambda = lax.complex(jnp.minimum(self.Lambda_re, -1e-4), self.Lambda_im)
+        Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         B_tilde = common.packed_to_complex(self.B_tilde).T
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
         C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
@@ -311,7 +414,7 @@ class Policy(NamedTuple):
     log_std: Array  # (..., A)
 
     def sample(self, key: Array, noise: float = 1.0) -> Array:
-        return self.mean + noise * jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+        return self.mean + noise * jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, jnp.float32)
 
     def log_prob(self, action: Array) -> Array:
         return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
@@ -346,7 +449,8 @@ class Agent(nn.Module):
         self.latent_norm, self.model_norm = nn.LayerNorm(), nn.LayerNorm()
         head, bins = partial(nn.Dense, kernel_init=normal(0.001)), 2 * args.muesli_support + 1
         self.policy_head, self.value_head, self.reward_head = head(self.action_size), head(bins), head(bins)
-        self.log_std = self.param("log_std", nn.initializers.constant(math.log(0.7)), (self.action_size,))
+        initial = nn.initializers.constant(math.log(0.7))
+        self.log_std = self.param("log_std", initial, (self.action_size,), jnp.float32)
         self.std_head = head(self.action_size) if args.state_std else lambda h: 0.0
         self.model_h, self.model_a, self.model_out = nn.Dense(H), nn.Dense(H, use_bias=False), nn.Dense(H)
 
@@ -370,8 +474,9 @@ class Agent(nn.Module):
 
     def policy(self, h: Array) -> Policy:
         """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations in [0.1, 1]."""
-        mean, log_std = jnp.tanh(self.policy_head(h)), self.log_std + self.std_head(h)
-        return Policy(mean, jnp.broadcast_to(jnp.clip(log_std, math.log(0.1), 0.0), mean.shape))
+        mean = jnp.tanh(self.policy_head(h))
+        log_std = common.bounded(self.log_std + self.std_head(h), math.log(0.1), 0.0)
+        return Policy(mean, jnp.broadcast_to(log_std, mean.shape))
 
     def value(self, h: Array) -> Array:
         """Logits of the categorical value, (..., bins)."""
@@ -449,13 +554,13 @@ def unsquash(y: Array) -> Array:
 def two_hot(x: Array, support: int) -> Array:
     """x (...) -> probabilities (..., 2 support + 1): the two integers around h(x) share it so that its mean is h(x)."""
     y = jnp.clip(squash(x), -support, support)
-    return jnp.maximum(0.0, 1 - jnp.abs(y[..., None] - jnp.arange(-support, support + 1)))
+    return jnp.maximum(0.0, 1 - jnp.abs(y[..., None] - jnp.arange(-support, support + 1, dtype=jnp.float32)))
 
 
 def expected(logits: Array) -> Array:
     """The scalar (...) that logits (..., 2 support + 1) stand for: h^-1 of the mean."""
     support = logits.shape[-1] // 2
-    return unsquash(nn.softmax(logits) @ jnp.arange(-support, support + 1.0))
+    return unsquash(nn.softmax(logits) @ jnp.arange(-support, support + 1, dtype=jnp.float32))
 
 
 def cross_entropy(logits: Array, x: Array) -> Array:
@@ -475,11 +580,11 @@ def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) 
     c = args.retrace_lambda * jnp.minimum(1.0, ratio)
 
     def backward(correction, step):
-        reward, terminated, next_value, q, c = step
-        G = reward + args.gamma * (1.0 - terminated) * (next_value + correction)
+        reward, ended, next_value, q, c = step
+        G = reward + args.gamma * (1.0 - ended) * (next_value + correction)
         return c * (G - q), G
 
-    steps = (rollout.reward, rollout.terminated, value[1:], q, c)
+    steps = (rollout.reward, rollout.terminated.astype(jnp.float32), value[1:], q, c)
     return lax.scan(backward, jnp.zeros_like(value[0]), steps, reverse=True)[1]
 
 
@@ -504,7 +609,7 @@ def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Arr
     """
     args, apply = setup.args, partial(setup.network.apply, runner.target_params)
     carry, h = apply(runner.target_carry, rollout.obs, rollout.start, method="scan")
-    _, last_h = apply(carry, last_obs[None], jnp.zeros((1, args.num_envs)), method="scan")
+    _, last_h = apply(carry, last_obs[None], jnp.zeros((1, args.num_envs), jnp.float32), method="scan")
     value = expected(apply(jnp.concatenate([h, last_h]), method="value"))  # (T + 1, B)
     prior = apply(h, method="policy")
 
@@ -552,7 +657,8 @@ def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targ
     Where the task terminated at t + k - 1 the value of z_t,k is 0, and nothing is asked of the model from there on;
     neither is it beyond the end of the rollout or of the meta-episode. The gradient is halved through the input.
     """
-    losses = dict.fromkeys(("model_reward_loss", "model_value_loss", "model_policy_loss"), jnp.zeros(()))
+    nothing = jnp.zeros((), jnp.float32)
+    losses = dict.fromkeys(("model_reward_loss", "model_value_loss", "model_policy_loss"), nothing)
     z, alive = h, jnp.ones_like(rollout.reward)
     for k in range(1, args.muesli_unroll + 1):
         z = 0.5 * z + lax.stop_gradient(0.5 * z)
@@ -561,7 +667,7 @@ def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targ
         z, alive, ended = z[:-1], alive[:-1] * (1 - rollout.start[k:]), rollout.terminated[k - 1 : -1]  # (T - k, B, .)
         value = cross_entropy(apply(z, method="value"), jnp.where(ended, 0.0, targets.returns[k:]))
         losses["model_value_loss"] += jnp.mean(alive * value)
-        alive = alive * (1.0 - ended)
+        alive = alive * (1.0 - ended.astype(jnp.float32))
         later = jax.tree.map(lambda x, k=k: x[k:], targets)
         losses["model_policy_loss"] += jnp.mean(alive * cmpo_loss(apply(z, method="policy"), later))
     return {name: loss / args.muesli_unroll for name, loss in losses.items()}
@@ -592,16 +698,13 @@ def muesli_loss(params: Any, setup: Setup, carry: Any, rollout: Rollout, targets
 def make_setup(args: Args) -> Setup:
     """Tasks, network, optimiser and devices for these flags. Raises UsageError."""
     train, _ = task_names(args)
-    if args.num_envs % (len(train) * args.num_devices):
-        parts = f"{len(train)} tasks x --num-devices {args.num_devices}"
-        raise common.UsageError(f"--num-envs {args.num_envs}: must be a multiple of {parts}")
     if args.num_devices > jax.device_count():
         raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
     tasks = tuple(make_task(args, name, "tasks") for name in train)
     obs_size = args.obs_size if args.projection else max(task.obs_size for task in tasks)
     action_size = args.action_size if args.projection else max(task.action_size for task in tasks)
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    learning_rate = optax.linear_schedule(args.learning_rate, 0.0, steps) if args.anneal_lr else args.learning_rate
+    learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
     mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
     return Setup(args, tasks, obs_size, action_size, Agent(args, action_size), optimizer, mesh)
@@ -612,15 +715,25 @@ def init_runner(setup: Setup, key: Array) -> Runner:
 
     The slots begin 0, T, 2T, ... steps into their first meta-episode, so that every rollout holds all parts of one.
     """
-    args, (params_key, env_key, key) = setup.args, jax.random.split(key, 3)
+    args = setup.args
+    params_key, env_key, key = jax.random.split(key, 3)
     world = reset_world(setup, env_key)
-    slot = jnp.arange(args.num_envs) % (args.num_envs // len(setup.tasks))  # of its task
+    shares = task_shares(args.num_envs, len(setup.tasks))
+    slot = jnp.concatenate([jnp.arange(share, dtype=jnp.int32) for share in shares])  # of its task
     time = args.num_steps * (slot % (args.meta_steps // args.num_steps))
-    world = world._replace(time=time, so_far=jnp.where(time > 0, jnp.nan, 0.0))
+    world = world._replace(time=time, whole=time == 0)
     carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
     params = setup.network.init(params_key, carry, world.obs[None], world.start[None], method="everything")
-    opt_state, average = setup.optimizer.init(params), (jnp.zeros(()), jnp.zeros(()))
-    return Runner(params, jax.tree.map(jnp.copy, params), opt_state, key, average, world, carry, carry)
+    return Runner(
+        params=params,
+        target_params=jax.tree.map(jnp.copy, params),
+        opt_state=setup.optimizer.init(params),
+        key=key,
+        advantage_square=(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
+        world=world,
+        carry=carry,
+        target_carry=carry,
+    )
 
 
 def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[Runner, Rollout]:
@@ -641,19 +754,21 @@ def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[R
     return runner._replace(key=key, world=world, carry=carry), rollout
 
 
-def return_metrics(setup: Setup, world: World) -> dict[str, Array]:
-    """Returns of the meta-episodes that have just ended; NaN where there are none."""
-    whole = (world.time >= setup.args.meta_steps) & ~jnp.isnan(world.so_far)
-    returns = jnp.where(whole, world.so_far, 0.0)
-    metrics = {"episodes": whole.sum(), "return_mean": returns.sum() / whole.sum()}
-    of_tasks = zip(setup.tasks, *[jnp.split(x, len(setup.tasks)) for x in (returns, whole)], strict=True)
-    return metrics | {f"return_{task.name}": own.sum() / count.sum() for task, own, count in of_tasks}
+def return_metrics(setup: Setup, world: World) -> dict[str, Any]:
+    """Returns of the meta-episodes that have just ended, of all tasks and of each."""
+    ended = (world.time >= setup.args.meta_steps) & world.whole
+    returns = jnp.where(ended, world.so_far, 0.0)
+    episodes = ended.sum(dtype=jnp.int32)
+    metrics = {"episodes": episodes, "return_mean": common.Mean(returns.sum(), episodes)}
+    for task, own, over in zip(setup.tasks, by_task(setup, returns), by_task(setup, ended), strict=True):
+        metrics[f"return_{task.name}"] = common.Mean(own.sum(), over.sum(dtype=jnp.int32))
+    return metrics
 
 
-def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
+def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     """One rollout, its targets, then epochs of minibatches that permute slots, never time.
 
-    Deviation: the default preset makes several gradient steps, all towards the same targets; the paper preset one.
+    Deviation: all gradient steps on a rollout, 8 in the default preset and 64 in the paper's, aim at the same targets.
     """
     args = setup.args
     key, open_key, targets_key, epochs_key = jax.random.split(runner.key, 4)
@@ -669,21 +784,36 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
         carry = jax.tree.map(lambda x: x[slots], first.carry)
         (_, metrics), grads = jax.value_and_grad(muesli_loss, has_aux=True)(params, setup, carry, *batch)
         updates, opt_state = setup.optimizer.update(grads, opt_state, params)
-        metrics["grad_norm"], params = optax.tree.norm(grads), optax.apply_updates(params, updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        params = optax.apply_updates(params, updates)
         target_params = optax.incremental_update(params, target_params, args.muesli_target_rate)
         return (params, target_params, opt_state), metrics
 
     def epoch(learner, key):
-        order = jax.random.permutation(key, args.num_envs).reshape(args.num_minibatches, -1)
+        slots = jnp.arange(args.num_envs, dtype=jnp.int32)
+        order = jax.random.permutation(key, slots).reshape(args.num_minibatches, -1)
         return lax.scan(minibatch_update, learner, order)
 
     learner = (runner.params, runner.target_params, runner.opt_state)
     learner, losses = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
     ratio_error = losses.pop("ratio_error")
-    metrics |= jax.tree.map(jnp.mean, losses) | {"first_ratio_error": ratio_error[0, 0]}
-    metrics |= {"reward_mean": rollout.reward.mean(), "terminations": rollout.terminated.sum()}
-    runner = Runner(*learner, runner.key, average, runner.world, runner.carry, target_carry)
-    return runner, metrics | return_metrics(setup, runner.world)
+    metrics = {
+        **metrics,
+        **jax.tree.map(jnp.mean, losses),
+        "first_ratio_error": ratio_error[0, 0],
+        "reward_mean": rollout.reward.mean(),
+        "terminations": rollout.terminated.sum(dtype=jnp.int32),
+        **return_metrics(setup, runner.world),
+    }
+    params, target_params, opt_state = learner
+    runner = runner._replace(
+        params=params,
+        target_params=target_params,
+        opt_state=opt_state,
+        advantage_square=average,
+        target_carry=target_carry,
+    )
+    return runner, metrics
 
 
 def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
@@ -701,16 +831,17 @@ def placement(setup: Setup) -> Runner:
 
 def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
-    keys = jax.vmap(jax.random.PRNGKey)(setup.args.seed + jnp.arange(setup.args.num_seeds))
+    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds, dtype=jnp.int32)
+    keys = jax.vmap(jax.random.PRNGKey)(seeds)
     init = partial(for_each_seed, setup.args, partial(init_runner, setup))
     return jax.jit(init, out_shardings=placement(setup))(keys)
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
-    """``update`` of every seed as one compiled call; each metric comes back as float (S,)."""
+    """``update`` of every seed as one compiled call; each metric comes back as (S,), or as a Mean of two such."""
     function = partial(for_each_seed, setup.args, partial(update, setup))
     out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
-    return jax.jit(function, donate_argnums=0, out_shardings=out).lower(runners).compile()
+    return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
 
 
 # ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
@@ -722,11 +853,34 @@ def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
 
 
 def make_evaluation(setup: Setup) -> list[tuple[str, str, Any]]:
-    """Name, split and compiled ``evaluate`` of all tasks, train and held out, for the parameters of every seed."""
-    others = tuple(make_task(setup.args, name, "eval-tasks") for name in task_names(setup.args)[1])
-    tasks = [(task, "train") for task in setup.tasks] + [(task, "held out") for task in others]
+    """Name, split and compiled ``evaluate`` of all tasks, train and held out, for the parameters of every seed.
+
+    Without projections a task that shows or takes more than those trained on would be cut: UsageError if it is named
+    by --eval-tasks, and if it is of the suite's own it is left out.
+    """
+    args = setup.args
+    tasks = [(task, "train") for task in setup.tasks]
+    too_large = []
+    for name in task_names(args)[1]:
+        task = make_task(args, name, "eval-tasks")
+        fits = task.obs_size <= setup.obs_size and task.action_size <= setup.action_size
+        if args.projection or fits:
+            tasks.append((task, "held out"))
+        else:
+            too_large.append(f"{name} has {task.obs_size} features and {task.action_size} actions")
+    most = f"more than the {setup.obs_size} and {setup.action_size} trained with"
+    if too_large and args.eval_tasks:
+        raise common.UsageError(f"--eval-tasks {args.eval_tasks}: {too_large[0]}, {most}, without --projection")
+    if too_large and jax.process_index() == 0:
+        common.warn(f"left out of the held-out tasks without --projection: {', '.join(too_large)}, {most}")
     play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))  # the same meta-episodes at all times
     return [(task.name, split, jax.jit(partial(lax.map, partial(play, task)))) for task, split in tasks]
+
+
+EVALUATION_COLUMNS = (
+    *("update", "env_steps", "seed", "task", "split", "return_mean", "return_se"),
+    *(f"reward_{n}" for n in range(10)),
+)
 
 
 def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> list[dict[str, Any]]:
@@ -734,11 +888,106 @@ def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> l
     rows = []
     for name, split, play in evaluation:
         for i, rewards in enumerate(np.asarray(play(params), np.float64)):  # (meta_steps, E)
-            row = {"update": update, "env_steps": update * args.batch_size, "seed": args.seed + i}
-            row |= {"task": name, "split": split, "return_mean": (returns := rewards.sum(axis=0)).mean()}
-            row["return_se"] = returns.std() / max(len(returns) - 1, 1) ** 0.5
-            rows.append(row | {f"reward_{n}": part.mean() for n, part in enumerate(np.array_split(rewards, 10))})
+            returns = rewards.sum(axis=0)
+            values = {
+                "return_mean": returns.mean(),
+                "return_se": returns.std() / math.sqrt(len(returns) - 1),
+                **{f"reward_{n}": part.mean() for n, part in enumerate(np.array_split(rewards, 10))},
+            }
+            row = {
+                "update": update,
+                "env_steps": update * args.batch_size,
+                "seed": args.seed + i,
+                "task": name,
+                "split": split,
+                # empty where a simulation has diverged
+                **{column: value if math.isfinite(value) else "" for column, value in values.items()},
+            }
+            rows.append(row)
     return rows
+
+
+def print_evaluation(rows: list[dict[str, Any]]) -> None:
+    """A line for each task and seed."""
+
+    def shown(field: Any, width: int, digits: int) -> str:
+        return f"{'-':>{width}}" if field == "" else f"{field:{width}.{digits}f}"
+
+    print(f"{'task':26} {'split':9} {'seed':>4} {'return':>9} {'+-':>7}   reward in each tenth of the meta-episode")
+    for row in rows:
+        tenths = " ".join(shown(row[f"reward_{n}"], 6, 3) for n in range(10))
+        result = f"{shown(row['return_mean'], 9, 2)} {shown(row['return_se'], 7, 2)}   {tenths}"
+        print(f"{row['task']:26} {row['split']:9} {row['seed']:>4} {result}", flush=True)
+
+
+def write_rows(path: Path, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
+    """A table of evaluations, written anew or appended to."""
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, EVALUATION_COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+class EvaluationTable:
+    """RUN/evaluation.csv, a row for each evaluation, task and seed, and evaluation.png, which draws the newest one.
+
+    Rows are appended. A resumed run keeps those up to its checkpoint, but for damaged ones, and says it where one is
+    missing then. Only a run's first process writes.
+    """
+
+    def __init__(self, run: common.RunDirectory, evaluation: list):
+        self.run = run
+        self.path = run.path / "evaluation.csv"
+        rows, _ = common.read_rows(self.path, EVALUATION_COLUMNS, run.done, text=("task", "split"))
+        self.newest: list[dict[str, Any]] = [row for row in rows if int(row["update"]) == run.done]
+        if not run.writes:
+            return
+        found = {(int(row["update"]), int(row["seed"]), row["task"]) for row in rows}
+        due = evaluations_due(run, evaluation)
+        missing = [place for place in due if place not in found]
+        if missing:
+            count = f"{len(missing)} of {len(due)} rows, the first of update {missing[0][0]}, are damaged or missing"
+            common.warn(f"{self.path}: {count}; the run goes on without them")
+        if self.path.exists():
+            draft = self.path.with_suffix(".tmp")
+            self.write(draft, "w", rows)
+            draft.replace(self.path)
+
+    def write(self, path: Path, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
+        """Raises RunError."""
+        with common.writing(self.path, kept=f"the newest checkpoint in {self.run.path} is kept"):
+            write_rows(path, mode, rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Print, write and draw a new evaluation. Raises RunError."""
+        self.newest = rows
+        if self.run.writes:
+            print_evaluation(rows)
+            self.write(self.path, "a", rows)
+            common.draw(plot_evaluations, {self.run.path.name: rows}, self.path.with_suffix(".png"))
+
+    def mean_return(self, split: str) -> float | None:
+        """Mean over tasks and seeds of the newest evaluation; None if it has none."""
+        own = [row["return_mean"] for row in self.newest if row["split"] == split]
+        returns = [float(value) for value in own if value != ""]
+        return float(np.mean(returns)) if returns else None
+
+
+def evaluation_is_due(args: Args, update: int) -> bool:
+    """Whether all tasks are evaluated after this update."""
+    at_interval = args.eval_interval > 0 and update % args.eval_interval == 0
+    return at_interval or update == args.num_updates
+
+
+def evaluations_due(run: common.RunDirectory, evaluation: list) -> list[tuple[int, int, str]]:
+    """Update, seed and task of all rows that a run's evaluations should have left so far, by the flags it began with;
+    held-out tasks only if they are still the same."""
+    begun = common.read_args(Args, str(run.path))
+    same = begun.eval_tasks == run.flags.eval_tasks
+    names = [name for name, split, _ in evaluation if split == "train" or same]
+    updates = [update for update in range(1, run.done + 1) if evaluation_is_due(begun, update)]
+    return [(update, seed, name) for update in updates for seed in run.seeds for name in names]
 
 
 def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
@@ -750,57 +999,49 @@ def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> No
         axes = figure.add_subplot(*shape, place, title=task, xlabel="part of the meta-episode", ylabel="reward")
         for color, (label, rows) in enumerate(runs.items()):
             own = [row for row in rows if (row["task"], int(row["update"])) == (task, int(rows[-1]["update"]))]
-            curves = np.array([[float(row[f"reward_{n}"]) for n in range(10)] for row in own]).reshape(-1, 10).T
-            names = [label] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
+            tenths = [[row[f"reward_{n}"] for n in range(10)] for row in own]
+            curves = np.array([[float(x) if x != "" else math.nan for x in row] for row in tenths]).reshape(-1, 10).T
+            names = [label.lstrip("_")] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
             axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=names[: len(own)])
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
 
-def report(rows: list[dict[str, Any]], path: Path) -> None:
-    """Print the newest evaluation; write all of them to PATH.csv and their in-context curves to PATH.png."""
-    print(f"{'task':26} {'split':9} {'seed':>4} {'return':>9} {'+-':>7}   reward in each tenth of the meta-episode")
-    for row in rows:
-        if int(row["update"]) == int(rows[-1]["update"]):
-            tenths = " ".join(f"{float(row[f'reward_{n}']):6.3f}" for n in range(10))
-            result = f"{float(row['return_mean']):9.2f} {float(row['return_se']):7.2f}   {tenths}"
-            print(f"{row['task']:26} {row['split']:9} {row['seed']:>4} {result}", flush=True)
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot_evaluations({path.parent.name: rows}, path.with_suffix(".png"))
-
-
 def evaluate_checkpoint(args: Args) -> None:
     """Evaluate the newest checkpoint of --eval: table, eval.csv and eval.png in its directory."""
-    setup, run = make_setup(args), common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl")
+    check_task_names(args)
+    setup = make_setup(args)
+    evaluation = make_evaluation(setup)
+    run = common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl")
     runners = run.restore(init_runners(setup))
-    report(evaluation_rows(args, make_evaluation(setup), run.done, runners.params), run.path / "eval")
+    rows = evaluation_rows(args, evaluation, run.done, runners.params)
+    if not run.writes:
+        return
+    print_evaluation(rows)
+    table = run.path / "eval.csv"
+    with common.writing(table, kept="the run is as it was"):
+        write_rows(table, "w", rows)
+    common.draw(plot_evaluations, {run.path.name: rows}, table.with_suffix(".png"))
 
 
 # ---- 9. Training and command line ------------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
-    evaluation = make_evaluation(setup := make_setup(args))
+    check_task_names(args)
+    setup = make_setup(args)
+    evaluation = make_evaluation(setup)
     with common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl") as run:
-        runners, table = run.restore(init_runners(setup)), run.path / "evaluation.csv"
-        earlier = csv.DictReader(table.open()) if table.exists() else []
-        rows: list[dict[str, Any]] = [row for row in earlier if int(row["update"]) <= run.done]
+        runners = run.restore(init_runners(setup))
+        table = EvaluationTable(run, evaluation)
         step = compile_update(setup, runners)
         run.compiled(args.num_updates, steps=args.batch_size)
         while run.done < args.num_updates and not run.stop:
-            (runners, metrics), now = step(runners), run.done + 1
-            if now == args.num_updates or (args.eval_interval and now % args.eval_interval == 0):
-                rows += evaluation_rows(args, evaluation, now, runners.params)
-                if run.writes:
-                    report(rows, table)
+            runners, metrics = step(runners)
+            now = run.done + 1
+            if evaluation_is_due(args, now):
+                table.add(evaluation_rows(args, evaluation, now, runners.params))
             run.update(runners, metrics)
-    means = {}
-    for split in ("train", "held out"):
-        returns = [float(r["return_mean"]) for r in rows if (int(r["update"]), r["split"]) == (run.done, split)]
-        means[f"return_{split.replace(' ', '_')}"] = float(np.mean(returns or math.nan))
-    return run.finish(**means)
+    return run.finish(return_train=table.mean_return("train"), return_held_out=table.mean_return("held out"))
 
 
 def main() -> int:

@@ -2,8 +2,12 @@
 
 import csv
 import json
+import math
+import shutil
 import signal
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,18 +109,44 @@ def test_projections_are_new_in_each_meta_episode_and_only_there(story):
 def test_returns_are_counted_over_whole_meta_episodes_only(story):
     setup, worlds, events = story
     total, whole = np.zeros(8), worlds[0].time == 0
-    np.testing.assert_array_equal(np.isnan(worlds[0].so_far), ~whole)
+    np.testing.assert_array_equal(worlds[0].whole, whole)
     for before, after, event in zip(worlds, worlds[1:], events[1:], strict=False):
         if event == "open":
             over = before.time >= 20
             total, whole = np.where(over, 0.0, total), whole | over
         else:
             total = total + event[1]
+        np.testing.assert_array_equal(after.whole, whole)
         np.testing.assert_allclose(after.so_far[whole], total[whole], atol=1e-4)
 
 
-def test_no_task_leaks_into_another_ones_slots():
-    """A task that pays 1 and shows ones beside one that pays 0 and shows zeros: each slot keeps its own, always."""
+@pytest.mark.parametrize(
+    ("num_envs", "tasks", "shares"),
+    [
+        (1024, 6, (176, 176, 168, 168, 168, 168)),
+        (96, 6, (16,) * 6),
+        (60, 6, (10,) * 6),
+        (16, 6, (4, 4, 2, 2, 2, 2)),
+        (20, 3, (8, 8, 4)),
+        (7, 6, (2, 1, 1, 1, 1, 1)),
+        (5, 1, (5,)),
+    ],
+)
+def test_slots_are_shared_out_in_whole_units(num_envs, tasks, shares):
+    assert muesli.task_shares(num_envs, tasks) == shares
+
+
+def test_shares_hold_all_slots_and_differ_by_one_unit_at_most():
+    for tasks in range(1, 12):
+        for num_envs in range(tasks, 200):
+            shares = muesli.task_shares(num_envs, tasks)
+            assert sum(shares) == num_envs and len(shares) == tasks and min(shares) > 0
+            assert list(shares) == sorted(shares, reverse=True) and shares[0] - shares[-1] in (0, 1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("pays", [(1.0, 0.0), (1.0, 0.0, 2.0)])
+def test_no_task_leaks_into_another_ones_slots(pays):
+    """Tasks that pay x and show x side by side: each slot keeps its own, always. Three have 4, 2, 2 of 8 slots."""
 
     def constant(x):
         see = jnp.full(3, x)
@@ -124,14 +154,22 @@ def test_no_task_leaks_into_another_ones_slots():
         return control_tasks.Task(str(x), 3, 2, -1.0, 1.0, False, lambda key: (see, jnp.zeros(())), step)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        setup = toy_setup(monkeypatch, tasks={"one": constant(1.0), "none": constant(0.0)}, arch="mlp")
+        setup = toy_setup(monkeypatch, tasks={str(x): constant(x) for x in pays}, arch="mlp", action_size=1)
+    expected = np.repeat(pays, muesli.task_shares(8, len(pays)))  # of each slot
     runner, update = first_runner(setup), fast_jit(muesli.update, setup)
     for _ in range(5):
         runner, metrics = update(runner)
-        obs = np.asarray(runner.world.obs)[:, :12]
-        assert obs[:4].any(axis=1).all() and not obs[4:].any()
-        for name, pays in (("1.0", 20.0), ("0.0", 0.0)):
-            assert np.isnan(metrics[f"return_{name}"]) or float(metrics[f"return_{name}"]) == pays
+        obs = np.asarray(runner.world.obs)
+        np.testing.assert_array_equal(obs[:, 12], expected)  # the reward
+        lengths = np.linalg.norm(obs[:, :12], axis=1)  # of (x, x, x), scaled by sqrt(12 / 3)
+        np.testing.assert_allclose(lengths, expected * np.sqrt(12), atol=1e-4)
+        ended = (np.asarray(runner.world.time) == 20) & np.asarray(runner.world.whole)
+        assert metrics["episodes"] == metrics["return_mean"].number == ended.sum()
+        assert float(metrics["return_mean"].total) == 20 * expected[ended].sum()
+        for x in pays:
+            found = metrics[f"return_{x}"]
+            assert found.number == (ended & (expected == x)).sum() and float(found.total) == 20 * x * found.number
+    assert ended.any()
 
 
 @pytest.mark.parametrize("features, actions", [(7, 3), (7, 2), (17, 1)])
@@ -200,6 +238,91 @@ def test_control_tasks_are_playgrounds(monkeypatch):
     assert (task.obs_size, task.action_size, task.low, task.high) == (3, 1, -1.0, 1.0)
 
 
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+CUT = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "rnn_width": 16, "num_envs": 5, "num_steps": 10}
+CUT |= {"meta_steps": 20, "num_minibatches": 5, "muesli_samples": 2, "muesli_support": 10}
+
+
+def one_update(args):
+    setup = muesli.make_setup(args)
+    runners = muesli.init_runners(setup)
+    return muesli.compile_update(setup, runners)(runners)
+
+
+def presets_with_memories():
+    for preset in muesli.PRESETS:
+        for arch in ("s5", "lstm", "gru", "mlp"):
+            marks = [pytest.mark.slow] if preset == "default" and arch != "s5" else []  # other tests compile them
+            yield pytest.param(preset, arch, marks=marks)
+
+
+@pytest.mark.parametrize(("preset", "arch"), list(presets_with_memories()))
+def test_every_preset_goes_through_an_update_with_every_memory(preset, arch, monkeypatch):
+    """Two tasks with 3 and 2 slots."""
+    tasks = {"one": walk_task("one"), "two": walk_task("two", ends=False)}
+    monkeypatch.setattr(muesli, "make_task", lambda args, name, flag: tasks[name])
+    quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    monkeypatch.setattr(jax, "jit", quickly)
+    flags = as_flags(**CUT, preset=preset, arch=arch, s5_layers=2, tasks="one,two")
+    runners, metrics = one_update(common.parse_args(muesli.Args, muesli.PRESETS, flags))
+    assert [len(M_o[0]) for M_o, _ in runners.world.matrices] == [3, 2]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((runners.params, metrics)))
+    assert float(metrics["first_ratio_error"][0]) < 1e-5 and float(metrics["grad_norm"][0]) > 0
+
+
+@pytest.mark.slow
+def test_the_paper_preset_goes_through_an_update_on_its_six_tasks():
+    """With its 1024 slots, layers and widths; few steps."""
+    flags = as_flags(preset="paper", num_steps=10, meta_steps=20, muesli_samples=2)
+    runners, metrics = one_update(common.parse_args(muesli.Args, muesli.PRESETS, flags))
+    assert [len(M_o[0]) for M_o, _ in runners.world.matrices] == [176, 176, 168, 168, 168, 168]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((runners.params, metrics)))
+
+
+def test_a_run_of_more_gradient_steps_than_an_integer_holds_begins_with_its_step_size(monkeypatch):
+    setup = toy_setup(monkeypatch, arch="mlp", total_timesteps=10**12)
+    assert setup.args.num_updates * setup.args.num_minibatches > 2**31
+    params = {"x": jnp.zeros(1)}
+    change, _ = setup.optimizer.update({"x": jnp.ones(1)}, setup.optimizer.init(params), params)
+    assert float(change["x"][0]) == pytest.approx(-setup.args.learning_rate, rel=1e-4)
+
+
+# ---- held-out tasks that are larger than those trained on ------------------------------------------------------------
+
+
+def test_without_projections_larger_tasks_of_the_suites_own_are_left_out(monkeypatch, capsys):
+    sizes = {"small": (3, 1), "shows more": (12, 1), "takes more": (3, 2), "fits": (2, 1)}
+    tasks = {n: walk_task(n)._replace(obs_size=o, action_size=a) for n, (o, a) in sizes.items()}
+    monkeypatch.setitem(control_tasks.SUITES, "dmc", (("small",), ("shows more", "takes more", "fits")))
+    monkeypatch.setattr(muesli, "make_task", lambda args, name, flag: tasks[name])
+    for projection, names in ((False, ["small", "fits"]), (True, list(sizes))):
+        found = muesli.make_evaluation(muesli.make_setup(small_args(projection=projection)))
+        assert [name for name, *_ in found] == names
+    _, err = capsys.readouterr()
+    what = "shows more has 12 features and 1 actions, takes more has 3 features and 2 actions, more than the 3 and 1"
+    assert len(err.splitlines()) == 1 and what in err
+
+
+def test_without_projections_a_larger_task_that_is_named_is_refused(tmp_path, monkeypatch, capsys):
+    flags = ["--tasks", "CartpoleSwingup", "--eval-tasks", "FingerTurnEasy", "--no-projection"]
+    words = "--eval-tasks FingerTurnEasy: FingerTurnEasy has 12 features and 2 actions, more than the 5 and 1"
+    assert_refused(muesli.main, flags, words, tmp_path, monkeypatch, capsys)
+
+
+def test_an_unknown_task_is_refused_before_the_first_one_is_made(monkeypatch):
+    def make_task(*arguments):
+        raise AssertionError("made")
+
+    monkeypatch.setattr(muesli, "make_task", make_task)
+    for flags, words in (
+        ({"eval_tasks": "Nothing"}, "--eval-tasks Nothing: unknown"),
+        ({"tasks": ",".join(["Pendulum-v1"] + [f"Task{i}" for i in range(25)])}, "--tasks Task0: unknown"),
+    ):
+        with pytest.raises(common.UsageError, match=words):
+            muesli.train(small_args(**{"suite": "gymnax", "num_envs": 52} | flags))
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +350,8 @@ def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tmp_path):
-    """Evaluations in between included. Several seeds; a task whose state has parts without elements is stored too."""
+    """Evaluations in between included, although their table is damaged. Several seeds; a task whose state has parts
+    without elements is stored too."""
     own = {"total_timesteps": 80 * 30, "eval_interval": 7, "num_seeds": 2, "checkpoint_interval": 4}
     flags = as_flags(**TINY | PENDULUM | own)
     whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
@@ -238,7 +362,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
     cut.send_signal(signal.SIGTERM)
     cut.communicate(timeout=120)
     assert cut.returncode == 143
-    finish(run_script("--resume", "cut", cwd=tmp_path))
+    with (tmp_path / "cut" / "evaluation.csv").open("ab") as table:
+        table.write(b"1,80,0,Pend" + bytes(40))
+    _, err = finish(run_script("--resume", "cut", cwd=tmp_path))
+    assert "warning" not in err  # nothing is missing
     finish(whole)
     for name in ("metrics.csv", "evaluation.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
@@ -246,17 +373,167 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
     assert out.count("Pendulum-v1") == 2 and len(read(tmp_path / "whole" / "eval.csv")) == 4
 
 
-def test_two_devices_give_the_metrics_and_the_evaluation_of_one(tmp_path):
-    flags = as_flags(**TINY | PENDULUM | {"total_timesteps": 80 * 6, "num_seeds": 2})
+def same_tables(ours, theirs):
+    for name in ("metrics.csv", "evaluation.csv"):
+        for row, other in zip(read(ours / name), read(theirs / name), strict=True):
+            for column in row.keys() - {"task", "split"}:
+                if row[column] or other[column]:
+                    assert float(row[column]) == pytest.approx(float(other[column]), rel=1e-3, abs=1e-4), column
+
+
+def test_two_devices_give_the_metrics_and_the_evaluation_of_one_and_each_goes_on_with_the_others_run(tmp_path):
+    """A run is cut by taking its newest checkpoint away."""
+    flags = as_flags(**TINY | PENDULUM | {"total_timesteps": 80 * 6, "num_seeds": 2, "checkpoint_interval": 3})
     one = run_script(*flags, "--run-dir", "one", cwd=tmp_path)
     two = run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES)
     for process in (one, two):
         finish(process)
-    for name in ("metrics.csv", "evaluation.csv"):
-        for ours, theirs in zip(read(tmp_path / "two" / name), read(tmp_path / "one" / name), strict=True):
+    same_tables(tmp_path / "two", tmp_path / "one")
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name} again")
+        shutil.rmtree(tmp_path / f"{name} again" / "checkpoints" / "6")
+    more = run_script("--resume", "one again", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES)
+    less = run_script("--resume", "two again", "--num-devices", 1, cwd=tmp_path)
+    for process in (more, less):
+        finish(process)
+    for name in ("one", "two"):
+        same_tables(tmp_path / f"{name} again", tmp_path / name)
+    out, _ = finish(run_script("--eval", "two", cwd=tmp_path))  # a machine with one device
+    assert out.count("Pendulum-v1") == 2
+    ours, theirs = read(tmp_path / "two" / "eval.csv"), read(tmp_path / "one" / "evaluation.csv")
+    returns = [[float(row["return_mean"]) for row in rows] for rows in (ours, theirs)]
+    assert returns[0] == pytest.approx(returns[1], rel=1e-3)
+
+
+# ---- the table of evaluations ----------------------------------------------------------------------------------------
+
+
+def evaluated_run(path, done=6):
+    """A run's directory after 6 of 8 updates, evaluated at each second one: two tasks, two seeds."""
+    args = small_args(total_timesteps=640, eval_interval=2, num_seeds=2, tasks="a", eval_tasks="b")
+    path.mkdir()
+    (path / "args.json").write_text(json.dumps({"args": vars(args)}))
+    run = SimpleNamespace(path=path, done=0, writes=True, seeds=range(2), flags=args)
+    evaluation = [("a", "train", None), ("b", "held out", None)]
+    table = muesli.EvaluationTable(run, evaluation)
+    for update in (2, 4, 6):
+        table.add(evaluation_of(update))
+    run.done = done
+    return run, evaluation
+
+
+def evaluation_of(update):
+    rows = []
+    for name, split in (("a", "train"), ("b", "held out")):
+        for seed in range(2):
+            row = {"update": update, "env_steps": 80 * update, "seed": seed, "task": name, "split": split}
+            row |= {"return_mean": 10.0 * update + seed, "return_se": 0.5} | {f"reward_{n}": 0.1 * n for n in range(10)}
+            rows.append(row)
+    return rows
+
+
+def test_evaluations_are_appended_and_the_newest_is_drawn(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(common, "draw", lambda plot, runs, picture: drawn.append((*runs.values(), picture.name)))
+    run, evaluation = evaluated_run(tmp_path / "run")
+    table = tmp_path / "run" / "evaluation.csv"
+    text = table.read_bytes()
+    file = table.stat().st_ino
+    again = muesli.EvaluationTable(run, evaluation)
+    assert table.read_bytes() == text and table.stat().st_ino != file  # written anew, once
+    file = table.stat().st_ino
+    again.add(evaluation_of(8))
+    assert table.read_bytes().startswith(text) and table.stat().st_ino == file
+    assert len(read(table)) == 16 and b"\r" not in table.read_bytes()
+    assert [({row["update"] for row in rows}, name) for rows, name in drawn] == [
+        ({update}, "evaluation.png") for update in (2, 4, 6, 8)
+    ]
+    assert again.mean_return("train") == 80.5 and again.mean_return("held out") == 80.5
+    assert capsys.readouterr().err == ""
+
+
+DAMAGE = {  # what is done to the table, rows that are left up to update 6 and up to update 4, of 12 and 8
+    "a cut last line": (lambda text: text[:-7], 11, 8),
+    "40 NUL bytes in the place of its end": (lambda text: text[:-40] + bytes(40), 11, 8),
+    "a cut line in the middle": (lambda text: text.replace(b"\n4,320,1,a", b"\n4,3", 1), 11, 7),
+    "an empty file": (lambda text: b"", 0, 0),
+    "no header": (lambda text: text.split(b"\n", 1)[1], 11, 7),
+    "no file": (None, 0, 0),
+    "what no text holds": (lambda text: text + b"\xff\xfe\x00" * 9, 12, 8),
+}
+
+
+@pytest.mark.parametrize("done", [6, 4])
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_a_damaged_table_keeps_what_is_whole_and_says_what_is_missing(kind, done, tmp_path, capsys):
+    damage, *left = DAMAGE[kind]
+    run, evaluation = evaluated_run(tmp_path / "run", done)
+    table = tmp_path / "run" / "evaluation.csv"
+    before = read(table)
+    if damage:
+        table.write_bytes(damage(table.read_bytes()))
+    else:
+        table.unlink()
+    capsys.readouterr()
+    again = muesli.EvaluationTable(run, evaluation)
+    again.add(evaluation_of(8))
+    due, kept = (12, left[0]) if done == 6 else (8, left[1])
+    err = capsys.readouterr().err
+    if kept == due:
+        assert err == ""
+    else:
+        assert len(err.splitlines()) == 1 and f"{due - kept} of {due} rows" in err
+    rows = read(table)
+    assert len(rows) == kept + 4 and all(row in before for row in rows[:kept]) and rows[-1]["update"] == "8"
+    assert b"\0" not in table.read_bytes()
+
+
+def test_a_run_without_evaluations_says_nothing_and_has_no_mean(tmp_path, capsys):
+    args = small_args(tasks="a", eval_tasks="b")
+    (tmp_path / "args.json").write_text(json.dumps({"args": vars(args)}))
+    run = SimpleNamespace(path=tmp_path, done=3, writes=True, seeds=range(1), flags=args)
+    table = muesli.EvaluationTable(run, [("a", "train", None)])
+    assert table.mean_return("train") is None and table.mean_return("held out") is None
+    assert capsys.readouterr().err == "" and not (tmp_path / "evaluation.csv").exists()
+
+
+def test_a_simulation_that_diverged_leaves_empty_fields(tmp_path, capsys):
+    rewards = np.ones((1, 20, 3))
+    rewards[0, 12, 1] = np.nan
+    rows = muesli.evaluation_rows(small_args(), [("a", "train", lambda params: rewards)], 1, None)
+    assert (rows[0]["return_mean"], rows[0]["reward_6"], rows[0]["reward_0"]) == ("", "", 1.0)
+    muesli.print_evaluation(rows)
+    muesli.plot_evaluations({"run": rows}, tmp_path / "picture.png")
+    assert "nan" not in capsys.readouterr().out.lower() and (tmp_path / "picture.png").exists()
+
+
+# ---- what jax can be told --------------------------------------------------------------------------------------------
+
+CAR = {"suite": "gymnax", "tasks": "MountainCarContinuous-v0", "meta_steps": 10}  # the suite holds none out beside it
+
+
+@pytest.mark.parametrize(
+    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("lstm", "gru", "mlp"))]
+)
+def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
+    flags = as_flags(**TINY | CAR | {"arch": arch, "total_timesteps": 240, "eval_interval": 1})
+    for name, variables in (("plain", {}), ("nan", {"JAX_DEBUG_NANS": "1"}), ("wide", {"JAX_ENABLE_X64": "1"})):
+        finish(run_script(*flags, "--run-dir", name, cwd=tmp_path, **variables))
+    for table in ("metrics.csv", "evaluation.csv"):
+        text = (tmp_path / "plain" / table).read_text()
+        assert "nan" not in text and text == (tmp_path / "nan" / table).read_text()
+        for ours, theirs in zip(read(tmp_path / "wide" / table), read(tmp_path / "plain" / table), strict=True):
             for column in ours.keys() - {"task", "split"}:
-                if ours[column] or theirs[column]:
-                    assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-3, abs=1e-4), column
+                assert bool(ours[column]) == bool(theirs[column])
+                if ours[column]:
+                    assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-5, abs=1e-5), column
+
+
+def test_it_runs_without_compilation(tmp_path):
+    own = {"arch": "mlp", "num_envs": 2, "num_steps": 2, "num_minibatches": 1, "muesli_samples": 1}
+    flags = as_flags(**TINY | CAR | own | {"total_timesteps": 4})
+    finish(run_script(*flags, "--run-dir", "run", cwd=tmp_path, JAX_DISABLE_JIT="1"))
+    assert [row["update"] for row in read(tmp_path / "run" / "metrics.csv")] == ["1"]
 
 
 def test_without_noise_an_evaluation_acts_with_the_means_of_the_policy(monkeypatch):
@@ -291,7 +568,13 @@ def test_empty_arrays_are_left_out_of_a_checkpoint_and_come_back(tmp_path):
         (["--tasks", "PointMass,PointMass"], "names a task twice"),
         (["--tasks", "PointMass", "--eval-tasks", "PointMass"], "--eval-tasks PointMass: PointMass is trained on"),
         (["--num-envs", "95"], "--num-envs 95: must be a multiple of"),
-        (["--num-envs", "16"], "--num-envs 16: must be a multiple of 6 tasks"),
+        (["--num-envs", "5", "--num-minibatches", "1"], "--num-envs 5: must be at least 1 for each of 6 tasks"),
+        (
+            ["--num-minibatches", "1", "--num-devices", "3"],
+            "--num-devices 3: must divide 16, the slots of a task with --num-envs 96",
+        ),
+        (["--meta-steps", "9", "--num-steps", "9"], "--meta-steps 9: must be at least 10"),
+        (["--eval-tasks", "PointMass2"], "--eval-tasks PointMass2: unknown; must be of"),
         (["--num-steps", "300"], "--num-steps 300: must divide --meta-steps 1000"),
         (["--muesli-unroll", "125"], "--muesli-unroll 125: must be below --num-steps 125"),
         (["--gamma", "1.5"], "--gamma 1.5: must be at least 0 and at most 1"),
@@ -311,7 +594,9 @@ def test_the_paper_preset_is_the_papers_table():
     assert (args.encoder_layers, args.num_envs, args.gamma, args.num_steps) == ((512, 512), 1024, 0.995, 1000)
     assert (args.total_timesteps, args.rnn_width, args.obs_size, args.action_size) == (2 * 10**9, 512, 12, 2)
     assert (args.s5_layers, args.s5_width, args.s5_dt_min, args.s5_dt_max) == (10, 256, 0.001, 0.1)
-    assert (args.num_minibatches, args.update_epochs, args.meta_steps) == (1, 1, 1000)
+    assert (args.num_minibatches, args.update_epochs, args.meta_steps) == (64, 1, 1000)
+    rollouts = math.ceil(50e6 / args.batch_size)
+    assert rollouts * args.num_minibatches * args.update_epochs == 3136  # gradient steps in 50e6 frames
 
 
 @pytest.mark.parametrize("suite", ["dmc", "brax"])

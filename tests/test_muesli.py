@@ -1,6 +1,7 @@
 """muesli_s5_metarl.py: the learner's formulas against plain loops and closed forms, and probes with known answers."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -234,6 +235,85 @@ def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_
     assert steep.min() > 0.0999 and steep.max() < 1.0001
     assert std(jax.tree.map(lambda x: x - 5, params)).min() == pytest.approx(0.1)
     assert std(jax.tree.map(lambda x: x + 5, params)).max() == pytest.approx(1.0)
+
+
+def test_a_standard_deviation_outside_of_its_bounds_can_come_back(monkeypatch):
+    """0.1 and 1 are log deviations of -2.303 and 0. The gradient is there if descent leads inside, further out 0."""
+    setup = toy_setup(monkeypatch, arch="mlp")
+    params, h = first_runner(setup).params, jnp.zeros((1, 16))
+
+    def log_std(value):
+        own = jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.full_like(x, value) if "log_std" in str(path) else x, params
+        )
+        found, slope = jax.vjp(lambda own: setup.network.apply(own, h, method="policy").log_std[0], own)
+        gradients = [slope(jnp.full(2, g))[0]["params"]["log_std"].tolist() for g in (1.0, -1.0)]
+        return found.tolist(), gradients  # where descent leads down, then where it leads up
+
+    assert log_std(-2.35) == ([pytest.approx(math.log(0.1))] * 2, [[0.0, 0.0], [-1.0, -1.0]])
+    assert log_std(0.02) == ([0.0, 0.0], [[1.0, 1.0], [0.0, 0.0]])
+    assert log_std(-0.5) == ([-0.5, -0.5], [[1.0, 1.0], [-1.0, -1.0]])
+
+
+@pytest.mark.parametrize("state_std", [False, True])
+def test_descent_brings_a_standard_deviation_back_from_outside(state_std, monkeypatch):
+    """All parameters are free to move, with --state-std those of its head too."""
+    setup = toy_setup(monkeypatch, arch="mlp", state_std=state_std)
+    params, h = first_runner(setup).params, jax.random.normal(jax.random.PRNGKey(1), (7, 16))
+    params = jax.tree_util.tree_map_with_path(lambda p, x: x - 3.0 if "log_std" in str(p) else x, params)
+
+    @fast_jit
+    def descend(params):  # towards a deviation of 1/2
+        loss = lambda p: jnp.mean((setup.network.apply(p, h, method="policy").log_std + math.log(2)) ** 2)  # noqa: E731
+        return jax.tree.map(lambda x, g: x - 0.1 * g, params, jax.grad(loss)(params))
+
+    for _ in range(300):
+        params = descend(params)
+    np.testing.assert_allclose(setup.network.apply(params, h, method="policy").log_std, -math.log(2), atol=0.05)
+
+
+def test_the_real_part_of_lambda_stays_negative_and_can_come_back():
+    layer = muesli.S5Layer(small_args())
+    u, start = jnp.ones((3, 2, 16)), jnp.zeros((3, 2))
+    params = layer.init(jax.random.PRNGKey(0), layer.initial_carry(2), u, start, method="scan")
+
+    def growth(value, direction):
+        """|Lambda_bar|, and the gradient of Lambda_re for a loss that falls with it (1) or rises (-1)."""
+        own = {"params": params["params"] | {"Lambda_re": jnp.full(8, value)}}
+
+        def size(own):
+            Lambda_bar = layer.apply(own, method="kernels")[0]
+            return jnp.hypot(Lambda_bar[:8], Lambda_bar[8:])
+
+        slope = jax.grad(lambda own: direction * size(own).sum())(own)["params"]["Lambda_re"]
+        return np.asarray(size(own)), np.asarray(slope)
+
+    assert (growth(0.3, 1.0)[0] < 1).all()
+    assert (growth(0.3, 1.0)[1] > 0).all() and (growth(0.3, -1.0)[1] == 0).all()  # descent leads back, or further out
+    assert (growth(-0.5, 1.0)[1] > 0).all() and (growth(-0.5, -1.0)[1] < 0).all()
+    np.testing.assert_array_equal(growth(0.3, 1.0)[0], growth(-1e-4, 1.0)[0])
+
+
+# ---- number types ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "mlp"])
+def test_all_types_are_declared(arch):
+    """With 64-bit types allowed, set-up and update have those of 32 bits all the same, and nothing in between is wider
+    than what optax computes from its count of gradient steps."""
+    tasks = "Pendulum-v1,MountainCarContinuous-v0"
+    setup = muesli.make_setup(small_args(arch=arch, suite="gymnax", tasks=tasks, eval_tasks="none"))
+    key = jax.random.PRNGKey(0)
+    init, update = partial(muesli.init_runner, setup), partial(muesli.update, setup)
+    narrow = jax.eval_shape(init, key)
+    with jax.enable_x64(True):
+        wide = jax.eval_shape(init, key)
+        later, metrics = jax.eval_shape(update, wide)
+        text = str(jax.make_jaxpr(update)(wide))
+    types = [[(x.shape, x.dtype) for x in jax.tree.leaves(runner)] for runner in (narrow, wide, later)]
+    assert types[0] == types[1] == types[2]
+    assert {str(x.dtype) for x in jax.tree.leaves(metrics)} == {"float32", "int32"}
+    assert "f64[]" in text and "f64[" not in text.replace("f64[]", "")
 
 
 # ---- losses on a rollout ---------------------------------------------------------------------------------------------
