@@ -1,6 +1,7 @@
 """Helpers that several test files share: tiny flags, networks, random sequences, and the script as a process."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -145,6 +146,15 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
     start = rng.random((T, B)) < reset_rate
     start[0] = np.arange(B) % 2
     return jnp.asarray(rng.normal(size=(T, B, features)), jnp.float32), jnp.asarray(start, jnp.float32)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A family of POPGym is one piece of code in three sizes: the default run plays the Easy ones, the slow tests are
+    the same ones for the others."""
+    for item in items:
+        if item.path.name.startswith("test_popgym") and re.search(r"\[.*(Medium|Hard)", item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
