@@ -273,8 +273,8 @@ def test_every_preset_goes_through_an_update_with_every_memory(preset, arch, mon
 
 @pytest.mark.slow
 def test_the_paper_preset_goes_through_an_update_on_its_six_tasks():
-    """With its 1024 slots, layers and widths; few steps."""
-    flags = as_flags(preset="paper", num_steps=10, meta_steps=20, muesli_samples=2)
+    """With its 1024 slots; few layers and steps."""
+    flags = as_flags(preset="paper", num_steps=2, meta_steps=10, muesli_samples=2, s5_layers=2)
     runners, metrics = one_update(common.parse_args(muesli.Args, muesli.PRESETS, flags))
     assert [len(M_o[0]) for M_o, _ in runners.world.matrices] == [176, 176, 168, 168, 168, 168]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((runners.params, metrics)))

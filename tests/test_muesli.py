@@ -496,7 +496,7 @@ def bandit(best):
     return control_tasks.Task("bandit", 1, 1, -1.0, 1.0, True, lambda key: (jnp.ones(1), jnp.zeros(())), step)
 
 
-@pytest.mark.learning
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [{}, {"muesli_pg_coef": 0.0}])
 def test_the_better_arm_of_a_continuous_bandit_is_found(toy, off):
     """Every step is a trial of its own; the best mean pays almost 1. With CMPO alone too."""
