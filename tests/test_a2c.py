@@ -305,6 +305,7 @@ def assert_close(run, other):
             assert float(value) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_metrics_of_one_and_a_run_can_move_between_them(tmp_path):
     """Whole runs on one and on two; then one that begins on two and goes on with one, and one the other way round."""
     flags = as_flags(**SMALL | {"num_episodes": 80, "memory_length": 12, "num_steps": 5})
@@ -323,6 +324,7 @@ def test_two_devices_give_the_metrics_of_one_and_a_run_can_move_between_them(tmp
     assert "update 20, 8 episodes" in out and err == ""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
     flags = as_flags(**SMALL | {"num_episodes": 2000, "num_rows": 60, "checkpoint_interval": 2})
     whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
@@ -465,6 +467,7 @@ def test_a_directory_that_is_no_sweep_is_left_alone(quick_sweeps, tmp_path, caps
 # ---------------------------------------------------------------- benchmark
 
 
+@pytest.mark.slow
 def test_memory_benchmark_measures_resumes_and_draws(tmp_path):
     args = bsuite_memory.Args(out=str(tmp_path), seconds=0.0)
     row = bsuite_memory.measure(args, "paper", "mlp", 2)

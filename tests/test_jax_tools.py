@@ -76,6 +76,7 @@ def test_a2c_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(a2c_updates, arch=arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [name for name in a2c.TASKS if name != "MemoryChain"])
 def test_a2c_is_the_same_with_64_bits_on_every_task(env):
     assert_same_with_64_bits(a2c_updates, env=env, arch="mlp", chain_length=6, size=5)
@@ -153,6 +154,7 @@ PPO_SIZES = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs
 NETWORK = {"encoder_layers": (8,), "s5_width": 8, "s5_state": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("preset", ppo.PRESETS)
 def test_every_preset_of_ppo_trains_with_every_memory(preset, arch):
@@ -167,6 +169,7 @@ def test_every_preset_of_ppo_trains_with_every_memory(preset, arch):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(runner.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", A2C_ARCHS)
 @pytest.mark.parametrize("preset", a2c.PRESETS)
 def test_every_preset_of_a2c_trains_with_every_memory(preset, arch):

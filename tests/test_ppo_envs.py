@@ -39,6 +39,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", popgym_jax.registered_envs)
 def test_a_short_budget_trains_on_every_environment(runs, env):
     summary = json.loads((runs / env / "summary.json").read_text())

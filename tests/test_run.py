@@ -710,7 +710,7 @@ def stopped_at(update, cwd, devices=1, **flags):
     finish(start_script(*words, update, cwd=cwd, program=("-c", STOPS), **variables), 143)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_and_is_evaluated_on_another_number_of_devices(before, after, finished, tmp_path):
     """Begun on two, gone on with on a machine that has one, and the other way round; close to a run on one."""
     stopped_at(5, tmp_path, run_dir="run", devices=before)
@@ -721,6 +721,7 @@ def test_a_run_goes_on_and_is_evaluated_on_another_number_of_devices(before, aft
     assert "update 60, 8 episodes" in out and err == ""
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_metrics_of_one(finished, tmp_path):
     finish(start_script(*tiny_flags(run_dir="two", num_devices=2), cwd=tmp_path, XLA_FLAGS=TWO_DEVICES))
     assert_same_metrics(tmp_path / "two", finished[0] / "first")
@@ -740,6 +741,7 @@ sys.exit(s5_common.run_main(ppo_s5_popgym.main))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one_and_one_of_them_writes(finished, tmp_path):
     """Also where the second comes late to a run directory that the first has made meanwhile."""
     with socket.socket() as probe:
