@@ -771,7 +771,8 @@ class MetricsLog:
         wrong = [name for name in watched if not math.isfinite(row[name])]
         if wrong:
             where = f"update {row['update']}, seed {row['seed']}; the last good checkpoint is in {self.path}"
-            raise FloatingPointError(f"{', '.join(wrong)} not finite at {where}")
+            verb = "is" if len(wrong) == 1 else "are"
+            raise FloatingPointError(f"{', '.join(wrong)} {verb} not finite at {where}")
         self.remember(row["seed"], row.get("return_mean"))
         if not self.writes:
             return

@@ -712,7 +712,7 @@ def try_nan(script: str, folder: Path) -> Count:
             bad = module.compile_update(setup, runners)
         end = train(in_turn([good, good, good, bad, good, good]), as_words(flags | {"run_dir": str(run)}))
         wrong = one_line(end, [1])
-        said = re.search(r"([\w ]+) (?:is|are) not finite at update (\d+)", end.err)
+        said = re.search(r"([\w, ]+) (?:is|are) not finite at update (\d+)", end.err)
         if not said or said[2] != "4":
             wrong.append(f"the line does not say what is not finite at update 4: {end.err.strip()[:300]}")
         else:
