@@ -250,7 +250,8 @@ def reset_world(setup: Setup, key: Array) -> World:
     batch = setup.args.num_envs
     shares = task_shares(batch, len(setup.tasks))
     task_keys = jax.random.split(key, len(setup.tasks))
-    matrices, states, obs = [], [], []
+    matrices: list[tuple[Array, Array]] = []
+    states, obs = [], []
     for task, share, task_key in zip(setup.tasks, shares, task_keys, strict=True):
         projection_keys, reset_keys = jax.random.split(task_key, (2, share))
         if matrices:
