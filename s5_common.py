@@ -3,7 +3,7 @@ with, run plumbing. Shapes: T time, B environments, H model width, P complex sta
 
 from __future__ import annotations
 
-import atexit
+import asyncio
 import contextlib
 import csv
 import hashlib
@@ -686,27 +686,26 @@ def find_damage(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def without_litter() -> Iterator[None]:
-    """Where saving fails, as on a full disk, the threads and tasks that orbax leaves behind fill stderr with
-    tracebacks until the process has ended. One RunError says it all, so from then on they are not heard."""
+    """Where saving fails, as on a full disk, orbax leaves threads and tasks behind that fill stderr with tracebacks
+    until the process has ended: what they log, and that their event loop is closed. One RunError says it all."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
-    hook = sys.excepthook
+    call_soon = asyncio.BaseEventLoop.call_soon_threadsafe
 
-    def all_but_leftovers(kind, error, traceback):
-        if str(error) != "Event loop is closed":
-            hook(kind, error, traceback)
+    def call_soon_unless_closed(loop, *arguments, **options):
+        if not loop.is_closed():
+            return call_soon(loop, *arguments, **options)
 
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.excepthook = all_but_leftovers
+    asyncio.BaseEventLoop.call_soon_threadsafe = call_soon_unless_closed  # type: ignore
     try:
         yield
-    except Exception as error:
-        atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)  # the hook is gone before they are
+    except Exception as error:  # and it stays like this
         raise RunError(shortened(error)) from None
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
-    sys.excepthook = hook
+    asyncio.BaseEventLoop.call_soon_threadsafe = call_soon  # type: ignore
 
 
 class EventFile:
