@@ -93,6 +93,16 @@ def fast_jit(function: Any, *bound: Any) -> Any:
     return jax.jit(partial(function, *bound), compiler_options={"xla_backend_optimization_level": 0})
 
 
+def nearly_over(state: Any, params: Any) -> Any:
+    """The same popgym_jax state, but the next step is the last one of its episode."""
+    if hasattr(state, "env_state"):
+        return state.replace(env_state=nearly_over(state.env_state, params))
+    if hasattr(state, "trial"):
+        trial = jnp.full_like(state.trial, params.num_trials - 1)
+        return state.replace(trial=trial, play=nearly_over(state.play, params.trial))
+    return state.replace(time=jnp.full_like(state.time, params.max_steps_in_episode - 1))
+
+
 class Net:
     """A small actor-critic with every parameter away from its initial value, so that no path is muted."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, nearly_over
 from gymnax.environments import spaces
 
 import popgym_jax
@@ -28,16 +28,6 @@ def make(name: str) -> Any:
 def projected(name: str) -> Any:
     """All three wrappers; to 4 features, as a whole projection of 728 would take long."""
     return EpisodeStatistics(PreviousActionAndStart(RandomProjection(make(name), 4)))
-
-
-def nearly_over(state: Any, params: Any) -> Any:
-    """The same state, but the next step is the last one of its episode."""
-    if hasattr(state, "env_state"):
-        return state.replace(env_state=nearly_over(state.env_state, params))
-    if hasattr(state, "trial"):
-        trial = jnp.full_like(state.trial, params.num_trials - 1)
-        return state.replace(trial=trial, play=nearly_over(state.play, params.trial))
-    return state.replace(time=jnp.full_like(state.time, params.max_steps_in_episode - 1))
 
 
 def play_some(env: Any, reset: Any, step: Any, words: Any, actions: Any, ends: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, nearly_over
 from flax import struct
 from gymnax.environments import spaces
 from independence import correlated_pairs
@@ -32,16 +32,6 @@ class Moment(NamedTuple):
     action: np.ndarray
     step: gymnasium_view.Step
     after: gymnasium_view.Play
-
-
-def nearly_over(state: Any, params: Any) -> Any:
-    """The same states, but the next step is the last one of the episode."""
-    if hasattr(state, "env_state"):
-        return state.replace(env_state=nearly_over(state.env_state, params))
-    if hasattr(state, "trial"):
-        trial = jnp.full_like(state.trial, params.num_trials - 1)
-        return state.replace(trial=trial, play=nearly_over(state.play, params.trial))
-    return state.replace(time=jnp.full_like(state.time, params.max_steps_in_episode - 1))
 
 
 def games(env: Any, reset: bool) -> tuple[Any, list[Moment]]:
