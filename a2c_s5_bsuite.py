@@ -481,7 +481,8 @@ def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array)
     """
 
     def backward(later, step):
-        (G, next_value), (reward, value) = later, step
+        G, next_value = later
+        reward, value = step
         G = reward + args.gamma * ((1 - args.td_lambda) * next_value + args.td_lambda * G)
         return (G, value), G
 
