@@ -1,15 +1,20 @@
 """Muesli with resettable S5 layers: meta-RL over randomly projected control tasks, in one file.
 
-Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.4, with
-the learner of Hessel et al. 2021, "Muesli: Combining Improvements in Policy Optimization", for continuous actions.
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement
+Learning", 4.4, with the learner of Hessel et al. 2021, "Muesli: Combining Improvements in Policy
+Optimization", for continuous actions.
 
-    python muesli_s5_metarl.py                                               # six DeepMind Control tasks at once
-    python muesli_s5_metarl.py --tasks CartpoleSwingup --learning-rate 4e-3  # one task, minutes on 2 CPU cores
-    python muesli_s5_metarl.py --preset paper                                # the paper's table, for accelerators
+    # six DeepMind Control tasks at once
+    python muesli_s5_metarl.py
+    # one task, minutes on 2 CPU cores
+    python muesli_s5_metarl.py --tasks CartpoleSwingup --learning-rate 4e-3
+    # the paper's table, for accelerators
+    python muesli_s5_metarl.py --preset paper
 
-Shapes: T time, B environments ("slots"), O observation features, A action dimensions, F features of the agent's input,
-H model width, P complex states of an S5 layer, K model unroll, N sampled actions, S seeds; time comes first, (T, B,
-...). start is 1 where an observation opens a meta-episode. Departures from the paper are marked "Deviation".
+Shapes: T time, B environments ("slots"), O observation features, A action dimensions, F features
+of the agent's input, H model width, P complex states of an S5 layer, K model unroll, N sampled
+actions, S seeds; time comes first, (T, B, ...). start is 1 where an observation opens a
+meta-episode. Departures from the paper are marked "Deviation".
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,78 +40,236 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import s5_common as common
-from control_tasks import SUITES, Task, environments, make_task, task_maker
 
 
-# ---- 2. Arguments ----------------------------------------------------------------------------------------------------
+# ---- 1. Arguments --------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Args:
+class RunFlags:
+    """The run: what is trained, where it is kept."""
+
+    preset: Literal["default", "paper"] = "default"
+    """values to begin from: for a laptop, or the paper's; flags win"""
+
+    seed: int = 0
+    """seed of the first agent"""
+
+    num_seeds: int = 1
+    """independent agents trained in one program, with seeds seed, seed + 1, ..."""
+
+    total_timesteps: int = 16_000_000
+    """environment steps for each agent, rounded up to whole rollouts"""
+
+    run_dir: str = ""
+    """directory of the run; if empty, runs/TASKS__SCRIPT__ARCH__sSEED__TIME-RANDOM"""
+
+    resume: str = ""
+    """go on with the run in this directory, exactly as if it had never stopped"""
+
+    checkpoint_interval: int = 20
+    """updates between checkpoints"""
+
+    track: bool = False
+    """also log to Weights & Biases"""
+
+    list_envs: bool = False
+    """print the names of all tasks and stop"""
+
+
+@dataclass(frozen=True)
+class EnvironmentFlags:
+    """The environments: tasks and their projections."""
+
+    suite: Literal["dmc", "brax", "gymnax"] = "dmc"
+    """where the tasks are from, see --list-envs"""
+
+    tasks: str = ""
+    """tasks to train on, separated by commas; if empty, the suite's own"""
+
+    eval_tasks: str = ""
+    """held-out tasks, evaluated but never trained on; if empty, the suite's own"""
+
+    num_envs: int = 96
+    """parallel slots B, shared out between the tasks as evenly as can be"""
+
+    meta_steps: int = 1000
+    """steps of a meta-episode, over which memory and projections last"""
+
+    projection: bool = True
+    """new random projections in each meta-episode; off: the agent sees the tasks as they are"""
+
+    obs_size: int = 12
+    """features O of the projected observation"""
+
+    action_size: int = 2
+    """dimensions A of the action before projection"""
+
+    brax_backend: Literal["spring", "positional", "generalized"] = "spring"
+    """Brax's physics"""
+
+
+@dataclass(frozen=True)
+class LearnerFlags:
+    """The learner: Muesli."""
+
+    num_steps: int = 125
+    """steps of a rollout T, a divisor of meta-steps; gradients do not reach further back"""
+
+    num_minibatches: int = 8
+    """minibatches of an epoch; each takes whole sequences of some slots"""
+
+    update_epochs: int = 1
+    """passes over each rollout"""
+
+    learning_rate: float = 1e-3
+    """Adam step size"""
+
+    anneal_lr: bool = True
+    """bring the step size to zero linearly over the run"""
+
+    gamma: float = 0.99
+    """discount"""
+
+    retrace_lambda: float = 0.95
+    """lambda of Retrace"""
+
+    vf_coef: float = 0.25
+    """weight of the value loss"""
+
+    ent_coef: float = 0.0
+    """weight of a bonus on the policy's entropy"""
+
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this global norm"""
+
+    muesli_pg_coef: float = 1.0
+    """weight of the policy gradient"""
+
+    muesli_cmpo_coef: float = 1.0
+    """weight of the CMPO regulariser"""
+
+    muesli_model_coef: float = 0.5
+    """weight of the model loss; 0 also keeps q_prior untrained"""
+
+    muesli_retrace_q: bool = False
+    """Retrace's correction is G - q_prior(s, a); off: G - v_prior(s)"""
+
+    muesli_unroll: int = 1
+    """steps K that the model is unrolled for its loss"""
+
+    muesli_samples: int = 16
+    """actions N sampled from the prior for each CMPO target"""
+
+    muesli_clip: float = 1.0
+    """CMPO clips normalised advantages to this"""
+
+    muesli_target_rate: float = 0.1
+    """the target network moves by this share to the parameters at each gradient step"""
+
+    muesli_advantage_decay: float = 0.99
+    """beta of the moving average of the squared advantage, per rollout"""
+
+    muesli_support: int = 15
+    """values and rewards, after the transform, are categorical over -n, ..., n"""
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """The network and its memory."""
+
+    arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"
+    """the memory"""
+
+    state_std: bool = False
+    """the policy's standard deviation depends on the state; off: a parameter"""
+
+    encoder_layers: tuple[int, ...] = (128,)
+    """hidden widths of the encoder, which ends in one more layer of s5-width"""
+
+    s5_layers: int = 2
+    """layers of S5"""
+
+    s5_width: int = 128
+    """model width H"""
+
+    s5_state: int = 64
+    """complex states P of a layer, each standing for a conjugate pair"""
+
+    s5_dt_min: float = 0.001
+    """smallest initial time step"""
+
+    s5_dt_max: float = 0.1
+    """largest initial time step"""
+
+    s5_norm: bool = True
+    """layer normalisation before each S5 layer"""
+
+    rnn_width: int = 128
+    """width of the LSTM or GRU that takes S5's place"""
+
+
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """Evaluation of a run."""
+
+    eval: str = ""
+    """evaluate the newest checkpoint of this run directory and stop"""
+
+    eval_interval: int = 0
+    """updates between evaluations of all tasks; 0: only at the end of the run"""
+
+    eval_episodes: int = 32
+    """meta-episodes of each task in an evaluation"""
+
+    eval_noise: float = 1.0
+    """standard deviation of evaluated actions, in those of the policy; 0: the mean acts"""
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """Devices and processes."""
+
+    num_devices: int = 1
+    """devices to spread the environments over"""
+
+    distributed: bool = False
+    """join the processes of a cluster first (jax.distributed); num-devices counts all theirs"""
+
+
+@dataclass(frozen=True)
+class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlags, DeviceFlags):
     """Muesli with S5 on randomly projected control tasks."""
 
-    suite: Literal["dmc", "brax", "gymnax"] = "dmc"  # where the tasks are from; see --list-envs
-    tasks: str = ""  # tasks to train on, separated by commas; if empty, the suite's own
-    eval_tasks: str = ""  # held-out tasks, evaluated but never trained on; if empty, the suite's own
-    preset: Literal["default", "paper"] = "default"  # flags of a laptop's run or of the paper's; explicit ones win
-    arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"  # the memory
-    seed: int = 0  # seed of the first agent
-    num_seeds: int = 1  # independent agents trained in one program, with seeds seed, seed + 1, ...
-    total_timesteps: int = 16_000_000  # environment steps for each agent, rounded up to whole rollouts
-    num_envs: int = 96  # parallel slots B, shared out between the tasks as evenly as can be
-    num_steps: int = 125  # steps of a rollout T, a divisor of meta-steps; gradients do not reach further back
-    num_minibatches: int = 8  # minibatches of an epoch; each takes whole sequences of some slots
-    update_epochs: int = 1  # passes over each rollout
-    meta_steps: int = 1000  # steps of a meta-episode, over which memory and projections last
-    projection: bool = True  # new random projections in each meta-episode; off: the agent sees the tasks as they are
-    obs_size: int = 12  # features O of the projected observation
-    action_size: int = 2  # dimensions A of the action before projection
-    brax_backend: Literal["spring", "positional", "generalized"] = "spring"  # Brax's physics
-    learning_rate: float = 1e-3  # Adam step size
-    anneal_lr: bool = True  # bring the step size to zero linearly over the run
-    gamma: float = 0.99  # discount
-    retrace_lambda: float = 0.95  # lambda of Retrace
-    vf_coef: float = 0.25  # weight of the value loss
-    ent_coef: float = 0.0  # weight of a bonus on the policy's entropy
-    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    muesli_pg_coef: float = 1.0  # weight of the policy gradient
-    muesli_cmpo_coef: float = 1.0  # weight of the CMPO regulariser
-    muesli_model_coef: float = 0.5  # weight of the model loss; 0 also keeps q_prior untrained
-    muesli_retrace_q: bool = False  # Retrace's correction is G - q_prior(s, a); off: G - v_prior(s)
-    muesli_unroll: int = 1  # steps K that the model is unrolled for its loss
-    muesli_samples: int = 16  # actions N sampled from the prior for each CMPO target
-    muesli_clip: float = 1.0  # CMPO clips normalised advantages to this
-    muesli_target_rate: float = 0.1  # the target network moves by this share to the parameters at each gradient step
-    muesli_advantage_decay: float = 0.99  # beta of the moving average of the squared advantage, per rollout
-    muesli_support: int = 15  # values and rewards, after the transform, are categorical over -n, ..., n
-    state_std: bool = False  # the policy's standard deviation depends on the state; off: a parameter
-    encoder_layers: tuple[int, ...] = (128,)  # hidden widths of the encoder, which ends in one more layer of s5-width
-    s5_layers: int = 2  # layers of S5
-    s5_width: int = 128  # model width H
-    s5_state: int = 64  # complex states P of a layer, each standing for a conjugate pair
-    s5_dt_min: float = 0.001  # smallest initial time step
-    s5_dt_max: float = 0.1  # largest initial time step
-    s5_norm: bool = True  # layer normalisation before each S5 layer
-    rnn_width: int = 128  # width of the LSTM or GRU that takes S5's place
-    run_dir: str = ""  # directory of the run; if empty, runs/TASKS__SCRIPT__ARCH__sSEED__TIME
-    resume: str = ""  # go on with the run in this directory, exactly as if it had never stopped
-    checkpoint_interval: int = 20  # updates between checkpoints
-    track: bool = False  # also log to Weights & Biases
-    num_devices: int = 1  # devices to spread the environments over
-    distributed: bool = False  # join the processes of a cluster first (jax.distributed); num-devices counts all theirs
-    eval: str = ""  # evaluate the newest checkpoint of this run directory and stop
-    eval_interval: int = 0  # updates between evaluations of all tasks; 0: only at the end of the run
-    eval_episodes: int = 32  # meta-episodes of each task in an evaluation
-    eval_noise: float = 1.0  # standard deviation of evaluated actions, in those of the policy; 0: the mean acts
-    list_envs: bool = False  # print the names of all tasks and stop
+    @property
+    def batch_size(self) -> int:
+        """Steps of a rollout in all slots together."""
+        return self.num_envs * self.num_steps
 
-    batch_size = property(lambda self: self.num_envs * self.num_steps)
-    num_updates = property(lambda self: math.ceil(self.total_timesteps / self.batch_size))
+    @property
+    def num_updates(self) -> int:
+        return math.ceil(self.total_timesteps / self.batch_size)
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
-        zero = {"seed", "vf_coef", "ent_coef", "gamma", "retrace_lambda", "muesli_pg_coef", "muesli_cmpo_coef"}
-        zero |= {"muesli_model_coef", "muesli_advantage_decay", "eval_interval", "eval_noise"}
+        zero = (
+            "seed",
+            "vf_coef",
+            "ent_coef",
+            "gamma",
+            "retrace_lambda",
+            "muesli_pg_coef",
+            "muesli_cmpo_coef",
+            "muesli_model_coef",
+            "muesli_advantage_decay",
+            "eval_interval",
+            "eval_noise",
+        )
         at_least = {"meta_steps": 10}  # an evaluation shows tenths of a meta-episode
-        at_most = {"gamma": 1, "retrace_lambda": 1, "muesli_target_rate": 1, "muesli_advantage_decay": 0.9999}
+        at_most = {
+            "gamma": 1,
+            "retrace_lambda": 1,
+            "muesli_target_rate": 1,
+            "muesli_advantage_decay": 0.9999,
+        }
         common.check_args(self, zero, at_least, at_most)
         train, _ = task_names(self)
         steps = f"--num-steps {self.num_steps}"
@@ -115,14 +279,16 @@ class Args:
         if self.meta_steps % self.num_steps:
             raise common.UsageError(f"{steps}: must divide --meta-steps {self.meta_steps}")
         if self.muesli_unroll >= self.num_steps:
-            raise common.UsageError(f"--muesli-unroll {self.muesli_unroll}: must be below {steps}")
+            unroll = f"--muesli-unroll {self.muesli_unroll}"
+            raise common.UsageError(f"{unroll}: must be below {steps}")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise common.UsageError(f"{envs}: must be a multiple of {parts}")
         if self.num_envs < len(train):
             raise common.UsageError(f"{envs}: must be at least 1 for each of {len(train)} tasks")
         for share in sorted(set(task_shares(self.num_envs, len(train)))):
             if share % self.num_devices:
-                raise common.UsageError(f"{devices}: must divide {share}, the slots of a task with {envs}")
+                slots = f"{share}, the slots of a task with {envs}"
+                raise common.UsageError(f"{devices}: must divide {slots}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,9 +298,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_timesteps": 2_000_000_000,
         "num_envs": 1024,
         "num_steps": 1000,
-        # Our reading. As one minibatch, 1024 x 1000 frames would be 49 gradient steps in 50e6 frames, by which the
-        # paper's reacher_easy has passed 800. So they are what is collected between two updates, and the learner goes
-        # through them 16 sequences at a time, what one of the paper's 64 TPUs holds: 3,136 gradient steps.
+        # Our reading. As one minibatch, 1024 x 1000 frames would be 49 gradient steps in 50e6
+        # frames, by which the paper's reacher_easy has passed 800. So they are what is collected
+        # between two updates, and the learner goes through them 16 sequences at a time, what one
+        # of the paper's 64 TPUs holds: 3,136 gradient steps.
         "num_minibatches": 64,
         "learning_rate": 3e-4,
         "anneal_lr": False,
@@ -152,17 +319,235 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# ---- 3. Tasks, projections and what the agent sees -------------------------------------------------------------------
+# ---- 2. Tasks ------------------------------------------------------------------------------------
+class Suite(NamedTuple):
+    """Tasks of one package."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+SUITES: dict[str, Suite] = {
+    "dmc": Suite(
+        train=(
+            "BallInCup",
+            "CartpoleSwingup",
+            "FingerSpin",
+            "FingerTurnHard",
+            "PointMass",
+            "ReacherEasy",
+        ),
+        held_out=(
+            "CartpoleBalance",
+            "FingerTurnEasy",
+            "PendulumSwingup",
+            "PointMassHard",
+            "ReacherHard",
+        ),
+    ),
+    "brax": Suite(
+        train=("inverted_pendulum", "reacher", "hopper"),
+        held_out=("inverted_double_pendulum",),
+    ),
+    "gymnax": Suite(
+        train=("Pendulum-v1",),
+        held_out=("MountainCarContinuous-v0",),
+    ),
+}
+
+
+class Task(NamedTuple):
+    """A control task as two functions of one environment; actions lie between low and high.
+
+    None of the packages' own wrappers is around it: no time limit, and no auto-reset, which in
+    Playground and Brax returns to one cached state.
+    """
+
+    name: str
+    obs_size: int
+    action_size: int
+    low: float
+    high: float
+    ends: bool  # may terminate before the meta-episode is over
+    reset: Callable  # key -> obs, state
+    step: Callable  # key, state, action -> obs, state, reward, terminated
+
+
+def point_mass_hard() -> Any:
+    """PointMass whose two actuators push into random directions, as dm_control defines it.
+
+    They are drawn anew in each episode, uniform on the circle; the second one is drawn again while
+    the cosine between them is above 0.9 in size.
+    """
+    import mujoco
+    from mujoco import mjx
+    from mujoco_playground._src.dm_control_suite.point_mass import PointMass
+
+    class PointMassHard(PointMass):
+        def __init__(self):
+            super().__init__(config_overrides={"impl": "jax"})
+            # The action is clipped already; a mixture of its parts may exceed the range of
+            # Playground's actuators.
+            self.mj_model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL
+            self._mjx_model = mjx.put_model(self.mj_model, impl="jax")
+
+        def reset(self, rng):
+            # PointMass.reset splits its key too, so it gets one of its own
+            own_key, turn_key = jax.random.split(rng)
+            state = super().reset(own_key)
+            turn = jax.random.uniform(turn_key, (3,), jnp.float32)
+            # Rejecting near-parallel pairs leaves the angle between them uniform over the two arcs
+            # that remain.
+            least = math.acos(0.9)
+            between = least + (math.pi - 2 * least) * turn[1] + math.pi * (turn[2] < 0.5)
+            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0], jnp.float32) * between
+            # a row for each actuator
+            state.info["directions"] = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+            return state
+
+        def step(self, state, action):
+            after = super().step(state, action @ state.info["directions"])
+            reward = self._get_reward(after.data, action, after.info, after.metrics)
+            return after.replace(reward=reward)
+
+    return PointMassHard()
+
+
+def environments(args: Args) -> dict[str, Callable]:
+    """What makes each environment of --suite, by name.
+
+    A package is imported when it is first asked for, as that takes seconds.
+    """
+    if args.suite == "gymnax":
+        import gymnax
+
+        names = ("Pendulum-v1", "MountainCarContinuous-v0")
+        return {name: partial(gymnax.make, name) for name in names}
+    if args.suite == "brax":
+        from brax import envs
+
+        make = partial(envs.get_environment, backend=args.brax_backend)
+        # swimmer fails under this version of jax
+        return {name: partial(make, name) for name in envs._envs if name != "swimmer"}
+    from mujoco_playground import dm_control_suite
+
+    # by default the physics are Warp's, which needs a GPU
+    load = partial(dm_control_suite.load, config_overrides={"impl": "jax"})
+    makers: dict[str, Callable] = {name: partial(load, name) for name in dm_control_suite.ALL_ENVS}
+    makers["PointMassHard"] = point_mass_hard
+    return makers
+
+
+def task_maker(args: Args, name: str, flag: str) -> Callable:
+    """What makes the task of --suite that --FLAG names. Raises UsageError."""
+    makers = environments(args)
+    if name not in makers:
+        fails = (args.suite, name) == ("brax", "swimmer")
+        why = "fails under this version of jax" if fails else "unknown"
+        raise common.UsageError(f"--{flag} {name}: {why}; must be of {', '.join(makers)}")
+    return makers[name]
+
+
+def in_32_bits(function: Callable) -> Callable:
+    """A reset or step whose numbers are 32 bits wide.
+
+    The simulators do not declare their types: JAX_ENABLE_X64 would make some of them 64 bits wide,
+    and the states that a loop carries would change their types within it.
+    """
+
+    @wraps(function)
+    def call(*arguments):
+        with jax.enable_x64(False):
+            return jax.tree.map(jnp.asarray, function(*arguments))
+
+    return call
+
+
+def gymnax_task(name: str, env: Any, params: Any) -> Task:
+    """A task of gymnax's environment."""
+    actions = env.action_space(params)
+
+    def reset(key):
+        return env.reset_env(key, params)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        return obs, state, jnp.squeeze(reward).astype(jnp.float32), jnp.squeeze(terminated)
+
+    return Task(
+        name=name,
+        obs_size=env.observation_space(params).shape[0],
+        action_size=math.prod(actions.shape),
+        low=float(np.min(actions.low)),
+        high=float(np.max(actions.high)),
+        ends=name != "Pendulum-v1",
+        reset=in_32_bits(reset),
+        step=in_32_bits(step),
+    )
+
+
+def mujoco_task(name: str, env: Any, ends: bool) -> Task:
+    """A task of Playground's or Brax's environment, whose states hold their observations.
+
+    ends: whether done is a termination. DeepMind Control tasks never end: there done says that the
+    simulation is not finite, and such a step is not taken.
+    """
+
+    def reset(key):
+        state = env.reset(key)
+        return state.obs, state
+
+    def step(key, state, action):
+        after = env.step(state, action)
+        if ends:
+            return after.obs, after, after.reward, after.done > 0
+        failed = after.done > 0
+        after = jax.tree.map(partial(jnp.where, failed), state, after)
+        reward = jnp.where(failed, 0.0, after.reward)
+        return after.obs, after, reward, jnp.zeros((), bool)
+
+    return Task(
+        name=name,
+        obs_size=env.observation_size,
+        action_size=env.action_size,
+        low=-1.0,
+        high=1.0,
+        ends=ends,
+        reset=in_32_bits(reset),
+        step=in_32_bits(step),
+    )
+
+
+def make_task(args: Args, name: str, flag: str) -> Task:
+    """The task of --suite that --FLAG names, without the wrappers of its package.
+
+    Raises UsageError.
+    """
+    make = task_maker(args, name, flag)
+    with jax.enable_x64(False):  # as in in_32_bits
+        env = make()
+    if args.suite == "gymnax":
+        return gymnax_task(name, *env)
+    return mujoco_task(name, env, ends=args.suite == "brax")
+
+
+def names_in(flag: str) -> tuple[str, ...]:
+    """What a flag lists, separated by commas."""
+    return tuple(name.strip() for name in flag.split(",") if name.strip())
+
+
 def task_names(args: Args) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the tasks to train on and of those held out. Raises UsageError."""
-    own = [tuple(name.strip() for name in names.split(",") if name.strip()) for names in (args.tasks, args.eval_tasks)]
-    train = own[0] or SUITES[args.suite][0]
-    held_out = own[1] or tuple(name for name in SUITES[args.suite][1] if name not in train)
+    suite = SUITES[args.suite]
+    train = names_in(args.tasks) or suite.train
+    others = tuple(name for name in suite.held_out if name not in train)
+    held_out = names_in(args.eval_tasks) or others
+    both = sorted(set(train) & set(held_out))
     if len(set(train)) < len(train):
         raise common.UsageError(f"--tasks {args.tasks}: names a task twice")
     if len(set(held_out)) < len(held_out):
         raise common.UsageError(f"--eval-tasks {args.eval_tasks}: names a task twice")
-    if both := sorted(set(train) & set(held_out)):
+    if both:
         raise common.UsageError(f"--eval-tasks {args.eval_tasks}: {both[0]} is trained on")
     return train, held_out
 
@@ -176,18 +561,76 @@ def check_task_names(args: Args) -> None:
         task_maker(args, name, "eval-tasks")
 
 
-def task_shares(num_envs: int, tasks: int) -> tuple[int, ...]:
-    """Slots of each task: equal shares, or shares in whole units, the first tasks with one unit more.
+# Projections and what the agent sees
 
-    A unit is the largest power of two up to 8 that divides the slots and leaves a unit for each task, so that the
-    shares still spread over up to 8 devices. 1024 slots of 6 tasks: 128 units of 8, 176, 176, 168, 168, 168, 168.
-    The number of devices has no say: a run may be resumed on another one. All slots keep their simulators, as to draw
-    the task anew in each meta-episode, as Algorithm 1 does, every slot would have to step the simulators of all tasks.
+
+def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Array]:
+    """M_o (O, E_o) and M_a (E_a, A) of one meta-episode of a task with E_o features, E_a actions.
+
+    The agent sees M_o o, the task gets M_a a, clipped.
+    M_o = g Q, g^2 = max(1, O / E_o), Q uniform with orthonormal columns (rows, if O < E_o):
+    projected features have the mean square of the task's own: unit scale in. Rows of M_a have
+    length 1 and, if E_a <= A, are orthogonal: an action of length 1 can drive any actuator through
+    its full range: full range out. Without --projection: identities.
+    """
+    O = setup.obs_size  # noqa: E741
+    A = setup.action_size
+    E_o = task.obs_size
+    E_a = task.action_size
+    if not setup.args.projection:
+        return jnp.eye(O, E_o, dtype=jnp.float32), jnp.eye(E_a, A, dtype=jnp.float32)
+    obs_key, action_key = jax.random.split(key)
+    Q = jax.random.orthogonal(obs_key, max(O, E_o), dtype=jnp.float32)[:O, :E_o]
+    action_key = once_computed(Q, action_key)
+    M_a = jax.random.orthogonal(action_key, max(A, E_a), dtype=jnp.float32)[:E_a, :A]
+    M_o = math.sqrt(max(1, O / E_o)) * Q
+    return M_o, M_a / jnp.linalg.norm(M_a, axis=1, keepdims=True)
+
+
+def once_computed(x: Array, keys: Array) -> Array:
+    """The keys as they are, but not before x is computed.
+
+    jax.random.orthogonal decomposes matrices, and several large batches of decompositions at once,
+    as those of six tasks with 176 slots each, can block each other for ever on a CPU (jax 0.10).
+    So they wait for one another.
+    """
+    return jnp.where(jnp.isfinite(x).all(), keys, 0)
+
+
+def project(matrices: Array, vectors: Array) -> Array:
+    """Matrices (b, N, M) times vectors (b, M): (b, N)."""
+    return jnp.einsum("bnm,bm->bn", matrices, vectors)
+
+
+def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, start: Array) -> Array:
+    """Algorithm 1's observation, float (B, O + A + 3), never the task.
+
+    What came before, reward, done and action, is 0 where start is 1.
+    """
+    done = done.astype(jnp.float32)
+    before = jnp.concatenate([reward[:, None], done[:, None], previous_action], axis=-1)
+    before *= (1.0 - start)[:, None]
+    return jnp.concatenate([obs, before, start[:, None]], axis=-1)
+
+
+# All slots side by side
+
+
+def task_shares(num_envs: int, tasks: int) -> tuple[int, ...]:
+    """Slots of each task: equal shares, or shares in whole units, the first tasks with one more.
+
+    A unit is the largest power of two up to 8 that divides the slots and leaves a unit for each
+    task, so that the shares still spread over up to 8 devices. 1024 slots of 6 tasks: 128 units of
+    8, 176, 176, 168, 168, 168, 168. The number of devices has no say: a run may be resumed on
+    another one. All slots keep their simulators, as to draw the task anew in each meta-episode, as
+    Algorithm 1 does, every slot would have to step the simulators of all tasks.
+
     num_envs: at least one for each task.
     """
     if num_envs % tasks == 0:
         return (num_envs // tasks,) * tasks
-    unit = next(unit for unit in (8, 4, 2, 1) if num_envs % unit == 0 and num_envs // unit >= tasks)
+    units = [unit for unit in (8, 4, 2, 1) if num_envs % unit == 0 and num_envs // unit >= tasks]
+    unit = units[0]
     least, more = divmod(num_envs // unit, tasks)
     return tuple(unit * (least + (place < more)) for place in range(tasks))
 
@@ -198,8 +641,17 @@ def by_task(setup: Setup, x: Array) -> list[Array]:
     return jnp.split(x, np.cumsum(shares)[:-1].tolist())
 
 
+def select(condition: Array, new: Any, old: Any) -> Any:
+    """``new`` where the condition bool (b,) holds, else ``old``; leaves begin with b."""
+    where = jax.vmap(lambda c, x, y: jnp.where(c, x, y).astype(y.dtype))
+    return jax.tree.map(partial(where, condition), new, old)
+
+
 class World(NamedTuple):
-    """All B slots, those of one task side by side. A slot keeps its task; every meta-episode has a new projection."""
+    """All B slots, those of one task side by side.
+
+    A slot keeps its task; every meta-episode has a new projection.
+    """
 
     env_state: tuple[Any, ...]  # of each task
     matrices: tuple[Any, ...]  # of each task, M_o and M_a for each of its b slots
@@ -210,57 +662,23 @@ class World(NamedTuple):
     whole: Array  # bool (B,), false in a first meta-episode that did not begin at its first step
 
 
-def sample_projection(setup: Setup, task: Task, key: Array) -> tuple[Array, Array]:
-    """M_o (O, E_o) and M_a (E_a, A) of one meta-episode: the agent sees M_o o, the task gets M_a a, clipped.
-
-    M_o = g Q, g^2 = max(1, O / E_o), Q uniform with orthonormal columns (rows, if O < E_o): projected features have the
-    mean square of the task's own: unit scale in. Rows of M_a have length 1 and, if E_a <= A, are orthogonal: an action
-    of length 1 can drive any actuator through its full range: full range out. Without --projection: identities.
-    """
-    O, A = setup.obs_size, setup.action_size  # noqa: E741
-    if not setup.args.projection:
-        return jnp.eye(O, task.obs_size, dtype=jnp.float32), jnp.eye(task.action_size, A, dtype=jnp.float32)
-    obs_key, action_key = jax.random.split(key)
-    Q = jax.random.orthogonal(obs_key, max(O, task.obs_size), dtype=jnp.float32)[:O, : task.obs_size]
-    action_key = once_computed(Q, action_key)
-    M_a = jax.random.orthogonal(action_key, max(A, task.action_size), dtype=jnp.float32)[: task.action_size, :A]
-    return math.sqrt(max(1, O / task.obs_size)) * Q, M_a / jnp.linalg.norm(M_a, axis=1, keepdims=True)
-
-
-def once_computed(x: Array, keys: Array) -> Array:
-    """The keys as they are, but not before x is computed.
-
-    jax.random.orthogonal decomposes matrices, and several large batches of decompositions at once, as those of six
-    tasks with 176 slots each, can block each other for ever on a CPU (jax 0.10). So they wait for one another.
-    """
-    return jnp.where(jnp.isfinite(x).all(), keys, 0)
-
-
-project = partial(jnp.einsum, "bnm,bm->bn")  # matrices (b, N, M), vectors (b, M) -> (b, N)
-
-
-def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, start: Array) -> Array:
-    """Algorithm 1's observation, float (B, O + A + 3), never the task. What came before is 0 where start is 1."""
-    before = jnp.concatenate([reward[:, None], done.astype(jnp.float32)[:, None], previous_action], axis=-1)
-    return jnp.concatenate([obs, before * (1.0 - start)[:, None], start[:, None]], axis=-1)
-
-
 def reset_world(setup: Setup, key: Array) -> World:
     """New meta-episodes in all slots."""
     batch = setup.args.num_envs
     shares = task_shares(batch, len(setup.tasks))
     task_keys = jax.random.split(key, len(setup.tasks))
     matrices: list[tuple[Array, Array]] = []
-    states, obs = [], []
+    states = []
+    obs = []
     for task, share, task_key in zip(setup.tasks, shares, task_keys, strict=True):
         projection_keys, reset_keys = jax.random.split(task_key, (2, share))
         if matrices:
             projection_keys = once_computed(matrices[-1][1], projection_keys)
         M_o, M_a = jax.vmap(partial(sample_projection, setup, task))(projection_keys)
-        native, state = jax.vmap(task.reset)(reset_keys)
+        native_obs, state = jax.vmap(task.reset)(reset_keys)
         matrices.append((M_o, M_a))
         states.append(state)
-        obs.append(project(M_o, native))
+        obs.append(project(M_o, native_obs))
     zeros = jnp.zeros(batch, jnp.float32)
     start = jnp.ones(batch, jnp.float32)
     no_action = jnp.zeros((batch, setup.action_size), jnp.float32)
@@ -275,32 +693,53 @@ def reset_world(setup: Setup, key: Array) -> World:
     )
 
 
-def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) -> tuple[Any, ...]:
-    """Step the b slots of one task with actions (b, A). Where it terminates, a new trial opens, of the same projection.
+class TaskStep(NamedTuple):
+    """What a step of b slots of one task gives."""
 
-    Returns observations (b, O), the first of the new trial where one opened, states, rewards and terminated (b,).
+    obs: Array  # projected, (b, O); the first of the new trial where one opened
+    state: Any
+    reward: Array  # (b,)
+    terminated: Array  # bool (b,)
+
+
+def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) -> TaskStep:
+    """Step the b slots of one task with actions (b, A).
+
+    Where it terminates, a new trial opens, of the same projection.
     """
-    half, middle = (task.high - task.low) / 2, (task.high + task.low) / 2
-    native = jnp.clip(middle + half * project(matrices[1], action), task.low, task.high)
+    M_o, M_a = matrices
     step_keys, reset_keys = jax.random.split(key, (2, len(action)))
-    stepped = obs, state, reward, terminated = jax.vmap(task.step)(step_keys, state, native)
+
+    # the action in the task's own units
+    middle = (task.high + task.low) / 2
+    half = (task.high - task.low) / 2
+    native_action = jnp.clip(middle + half * project(M_a, action), task.low, task.high)
+
+    obs, state, reward, terminated = jax.vmap(task.step)(step_keys, state, native_action)
     if task.ends:
-        trials = partial(select, terminated, old=stepped[:2])
-        obs, state = lax.cond(terminated.any(), lambda: trials(jax.vmap(task.reset)(reset_keys)), lambda: stepped[:2])
-    return project(matrices[0], obs), state, reward, terminated
+
+        def open_trials():
+            fresh = jax.vmap(task.reset)(reset_keys)
+            return select(terminated, fresh, (obs, state))
+
+        obs, state = lax.cond(terminated.any(), open_trials, lambda: (obs, state))
+    return TaskStep(obs=project(M_o, obs), state=state, reward=reward, terminated=terminated)
 
 
 def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[World, Array, Array]:
     """Step all slots with actions (B, A): the world moved on, rewards (B,), terminated (B,)."""
     keys = jax.random.split(key, len(setup.tasks))
-    groups = zip(setup.tasks, keys, world.env_state, world.matrices, by_task(setup, action), strict=True)
-    obs, states, rewards, ends = zip(*[step_task(*group) for group in groups], strict=True)
-    reward = jnp.concatenate(rewards)
-    terminated = jnp.concatenate(ends)
+    actions = by_task(setup, action)
+    steps = []
+    for i, task in enumerate(setup.tasks):
+        steps.append(step_task(task, keys[i], world.env_state[i], world.matrices[i], actions[i]))
+    obs = jnp.concatenate([step.obs for step in steps])
+    reward = jnp.concatenate([step.reward for step in steps])
+    terminated = jnp.concatenate([step.terminated for step in steps])
     start = jnp.zeros_like(world.start)
     later = world._replace(
-        env_state=states,
-        obs=agent_input(jnp.concatenate(obs), reward, terminated, action, start),
+        env_state=tuple(step.state for step in steps),
+        obs=agent_input(obs, reward, terminated, action, start),
         start=start,
         time=world.time + 1,
         so_far=world.so_far + reward,
@@ -308,24 +747,21 @@ def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[W
     return later, reward, terminated
 
 
-def select(condition: Array, new: Any, old: Any) -> Any:
-    """``new`` where the condition bool (b,) holds, else ``old``; leaves begin with b."""
-    where = jax.vmap(lambda c, x, y: jnp.where(c, x, y).astype(y.dtype))
-    return jax.tree.map(partial(where, condition), new, old)
-
-
 def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
     """New meta-episodes, with new projections, in the slots whose last one is over."""
     over = world.time >= setup.args.meta_steps
+    over_in_task = by_task(setup, over)
 
-    def opened():
+    def open_those():
         fresh = reset_world(setup, key)
-        parts = by_task(setup, over)
-        states = zip(parts, fresh.env_state, world.env_state, strict=True)
-        matrices = zip(parts, fresh.matrices, world.matrices, strict=True)
+        env_state = []
+        matrices = []
+        for i, own in enumerate(over_in_task):
+            env_state.append(select(own, fresh.env_state[i], world.env_state[i]))
+            matrices.append(select(own, fresh.matrices[i], world.matrices[i]))
         return World(
-            env_state=tuple(select(*group) for group in states),
-            matrices=tuple(select(*group) for group in matrices),
+            env_state=tuple(env_state),
+            matrices=tuple(matrices),
             obs=select(over, fresh.obs, world.obs),
             start=select(over, fresh.start, world.start),
             time=select(over, fresh.time, world.time),
@@ -333,10 +769,10 @@ def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
             whole=select(over, fresh.whole, world.whole),
         )
 
-    return lax.cond(over.any(), opened, lambda: world)
+    return lax.cond(over.any(), open_those, lambda: world)
 
 
-# ---- 4. Network ------------------------------------------------------------------------------------------------------
+# ---- 3. Network ----------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """One S5 layer (Smith et al. 2023) with resets (Lu et al. 2023, section 3.1).
 
@@ -351,7 +787,8 @@ class S5Layer(nn.Module):
     args: Args
 
     def setup(self):
-        H, P = self.args.s5_width, self.args.s5_state
+        H = self.args.s5_width
+        P = self.args.s5_state
         Lambda, V = common.dplr_hippo(2 * P)
 
         def init_B(key):  # V^H B with B ~ lecun_normal
@@ -363,7 +800,8 @@ class S5Layer(nn.Module):
             return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
 
         def init_log_step(key):  # time steps log-uniform
-            low, high = math.log(self.args.s5_dt_min), math.log(self.args.s5_dt_max)
+            low = math.log(self.args.s5_dt_min)
+            high = math.log(self.args.s5_dt_max)
             return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
@@ -372,7 +810,8 @@ class S5Layer(nn.Module):
         self.C_tilde = self.param("C_tilde", init_C)
         self.D = self.param("D", normal(1.0), (H,), jnp.float32)
         self.log_step = self.param("log_step", init_log_step)
-        self.value, self.gate = nn.Dense(H), nn.Dense(H)
+        self.value = nn.Dense(H)
+        self.gate = nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
@@ -381,11 +820,14 @@ class S5Layer(nn.Module):
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
-        # Deviation: the real part stays negative; the released code lets training push modes into growth.
+        # Deviation: the real part stays negative; the released code lets training push modes into
+        # growth.
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
+        step = jnp.exp(self.log_step)
         B_tilde = common.packed_to_complex(self.B_tilde).T
-        Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
-        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])  # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, step)
+        # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
+        C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
@@ -394,16 +836,20 @@ class S5Layer(nn.Module):
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
     def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
-        """u (T, B, H), start (T, B). Flattened to (T*B, H), as XLA multiplies matrices faster than stacks of them."""
-        (Lambda_bar, B_bar, C), shape, u = self.kernels(), u.shape, u.reshape(-1, u.shape[-1])
+        """u (T, B, H), start (T, B). XLA multiplies matrices faster than stacks of them."""
+        Lambda_bar, B_bar, C = self.kernels()
+        T, B, H = u.shape
+        u = u.reshape(T * B, H)
         v = self.norm(u)
-        drive = (v @ B_bar).reshape(*start.shape, -1)  # (T, B, 2P)
-        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)
-        return x[-1], self.output(u, v, x.reshape(len(u), -1), C).reshape(shape)
+        drive = (v @ B_bar).reshape(T, B, -1)  # (T, B, 2P)
+        x = common.linear_recurrence(Lambda_bar, drive, 1.0 - start, carry)  # (T, B, 2P)
+        y = self.output(u, v, x.reshape(T * B, -1), C)
+        return x[-1], y.reshape(T, B, H)
 
-    def step(self, kernels: tuple[Array, Array, Array], carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
         """u (B, H), start (B,)."""
-        (Lambda_bar, B_bar, C), v = kernels, self.norm(u)
+        Lambda_bar, B_bar, C = kernels
+        v = self.norm(u)
         x = common.recurrence_step(Lambda_bar, carry, v @ B_bar, 1.0 - start)
         return x, self.output(u, v, x, C)
 
@@ -415,7 +861,8 @@ class Policy(NamedTuple):
     log_std: Array  # (..., A)
 
     def sample(self, key: Array, noise: float = 1.0) -> Array:
-        return self.mean + noise * jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, jnp.float32)
+        normal_draw = jax.random.normal(key, self.mean.shape, jnp.float32)
+        return self.mean + noise * jnp.exp(self.log_std) * normal_draw
 
     def log_prob(self, action: Array) -> Array:
         return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
@@ -430,30 +877,48 @@ def make_memory(args: Args) -> list[nn.Module]:
         return [S5Layer(args) for _ in range(args.s5_layers)]
     if args.arch == "mlp":
         return [common.Memoryless(args.s5_width)]
-    return [common.Recurrent(args.rnn_width, {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch])]
+    cell = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch]
+    return [common.Recurrent(args.rnn_width, cell)]
 
 
 class Agent(nn.Module):
     """Encoder -> memory -> latent h; heads on h: policy and value; the model g(h, a) -> next latent and reward.
 
-    ``scan`` reads a sequence (T, B, F) to learn, ``step`` one time step (B, F) to act; both do the same to the same.
-    Latents are normalised, those of the memory and those of the model alike, as the same heads read both.
+    ``scan`` reads a sequence (T, B, F) to learn, ``step`` one time step (B, F) to act; both do the
+    same to the same. Latents are normalised, those of the memory and those of the model alike, as
+    the same heads read both.
     """
 
     args: Args
     action_size: int
 
     def setup(self):
-        args, widths = self.args, (*self.args.encoder_layers, self.args.s5_width)
-        self.encoder = nn.Sequential([module for width in widths for module in (nn.Dense(width), nn.relu)])
-        self.memory, H = make_memory(args), args.rnn_width if args.arch in ("lstm", "gru") else args.s5_width
-        self.latent_norm, self.model_norm = nn.LayerNorm(), nn.LayerNorm()
-        head, bins = partial(nn.Dense, kernel_init=normal(0.001)), 2 * args.muesli_support + 1
-        self.policy_head, self.value_head, self.reward_head = head(self.action_size), head(bins), head(bins)
+        args = self.args
+        bins = 2 * args.muesli_support + 1
+        latent_width = args.rnn_width if args.arch in ("lstm", "gru") else args.s5_width
+        head = partial(nn.Dense, kernel_init=normal(0.001))
+
+        # encoder and memory
+        layers: list = []
+        for width in (*args.encoder_layers, args.s5_width):
+            layers += [nn.Dense(width), nn.relu]
+        self.encoder = nn.Sequential(layers)
+        self.memory = make_memory(args)
+        self.latent_norm = nn.LayerNorm()
+
+        # policy and value
+        self.policy_head = head(self.action_size)
+        self.value_head = head(bins)
         initial = nn.initializers.constant(math.log(0.7))
         self.log_std = self.param("log_std", initial, (self.action_size,), jnp.float32)
         self.std_head = head(self.action_size) if args.state_std else lambda h: 0.0
-        self.model_h, self.model_a, self.model_out = nn.Dense(H), nn.Dense(H, use_bias=False), nn.Dense(H)
+
+        # model
+        self.model_h = nn.Dense(latent_width)
+        self.model_a = nn.Dense(latent_width, use_bias=False)
+        self.model_out = nn.Dense(latent_width)
+        self.model_norm = nn.LayerNorm()
+        self.reward_head = head(bins)
 
     def kernels(self) -> list:
         """What ``step`` can reuse for as long as the parameters stay as they are."""
@@ -461,40 +926,52 @@ class Agent(nn.Module):
 
     def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
         """Latents (T, B, H)."""
-        x, carry = self.encoder(obs.reshape(-1, obs.shape[-1])).reshape(*start.shape, -1), list(carry)
-        for i, layer in enumerate(self.memory):
-            carry[i], x = layer.scan(carry[i], x, start)
-        return carry, self.latent_norm(x)
+        T, B = start.shape
+        x = self.encoder(obs.reshape(T * B, -1)).reshape(T, B, -1)
+        new_carry = []
+        for layer, layer_carry in zip(self.memory, carry, strict=True):
+            layer_carry, x = layer.scan(layer_carry, x, start)
+            new_carry.append(layer_carry)
+        return new_carry, self.latent_norm(x)
 
     def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
         """Latents (B, H)."""
-        x, carry = self.encoder(obs), list(carry)
-        for i, layer in enumerate(self.memory):
-            carry[i], x = layer.step(kernels[i], carry[i], x, start)
-        return carry, self.latent_norm(x)
+        x = self.encoder(obs)
+        new_carry = []
+        for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
+            layer_carry, x = layer.step(layer_kernels, layer_carry, x, start)
+            new_carry.append(layer_carry)
+        return new_carry, self.latent_norm(x)
 
     def policy(self, h: Array) -> Policy:
-        """Means within +-1, where no side of the Gaussian is clipped away. Standard deviations in [0.1, 1]."""
+        """Means within +-1, where no side of the Gaussian is clipped away.
+
+        Standard deviations in [0.1, 1].
+        """
         mean = jnp.tanh(self.policy_head(h))
         log_std = common.bounded(self.log_std + self.std_head(h), math.log(0.1), 0.0)
-        return Policy(mean, jnp.broadcast_to(log_std, mean.shape))
+        return Policy(mean=mean, log_std=jnp.broadcast_to(log_std, mean.shape))
 
     def value(self, h: Array) -> Array:
         """Logits of the categorical value, (..., bins)."""
         return self.value_head(h)
 
     def model(self, h: Array, action: Array) -> tuple[Array, Array]:
-        """g(h, a): the next latent (..., H) and logits of the reward (..., bins). h and action broadcast."""
+        """g(h, a): the next latent (..., H) and logits of the reward (..., bins).
+
+        h and action broadcast.
+        """
         x = nn.relu(self.model_h(h) + self.model_a(action))
         return self.model_norm(h + self.model_out(x)), self.reward_head(x)
 
     def everything(self, carry: list, obs: Array, start: Array) -> tuple:
         """Calls every part once, to initialise all parameters."""
         _, h = self.scan(carry, obs, start)
-        return self.policy(h), self.value(h), self.model(h, self.policy(h).mean)
+        policy = self.policy(h)
+        return policy, self.value(h), self.model(h, policy.mean)
 
 
-# ---- 5. Pytrees ------------------------------------------------------------------------------------------------------
+# ---- 4. Pytrees ----------------------------------------------------------------------------------
 class Setup(NamedTuple):
     """What stays the same during a run."""
 
@@ -507,14 +984,24 @@ class Setup(NamedTuple):
     mesh: Mesh
 
 
+class AdvantageScale(NamedTuple):
+    """What advantages are divided by, squared: a moving average, its bias not yet corrected."""
+
+    square: Array  # float ()
+    rollouts: Array  # how many are in it, float ()
+
+
 class Runner(NamedTuple):
-    """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of ``update``."""
+    """All that changes during a run and is in a checkpoint.
+
+    Outside of ``update`` with a leading seed axis S.
+    """
 
     params: Any
     target_params: Any  # moving average of the parameters: the prior
     opt_state: Any
     key: Array  # raw PRNG key: orbax cannot store typed ones
-    advantage_square: tuple[Array, Array]  # moving average of the squared advantage, number of rollouts in it
+    advantage_scale: AdvantageScale
     world: World
     carry: Any  # memory before it reads the world's obs
     target_carry: Any  # the same of the target network
@@ -540,33 +1027,45 @@ class Targets(NamedTuple):
     weights: Array  # w_k of CMPO, (T, B, N)
 
 
-# ---- 6. Targets and loss ---------------------------------------------------------------------------------------------
+# ---- 5. Targets and loss -------------------------------------------------------------------------
 def squash(x: Array) -> Array:
-    """MuZero's transform (Pohlen et al. 2018): h(x) = sign(x) (sqrt(abs(x) + 1) - 1) + eps x, eps = 0.001."""
+    """MuZero's transform (Pohlen et al. 2018).
+
+    h(x) = sign(x) (sqrt(abs(x) + 1) - 1) + eps x,    eps = 0.001
+    """
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 1e-3 * x
 
 
 def unsquash(y: Array) -> Array:
-    """The inverse: sign(y) (((sqrt(1 + 4 eps (abs(y) + 1 + eps)) - 1) / (2 eps))^2 - 1), without its cancellation."""
+    """The inverse: sign(y) (((sqrt(1 + 4 eps (abs(y) + 1 + eps)) - 1) / (2 eps))^2 - 1).
+
+    Written without its cancellation.
+    """
     inner = jnp.abs(y) + 1 + 1e-3
     return jnp.sign(y) * ((2 * inner / (jnp.sqrt(1 + 4e-3 * inner) + 1)) ** 2 - 1)
 
 
 def two_hot(x: Array, support: int) -> Array:
-    """x (...) -> probabilities (..., 2 support + 1): the two integers around h(x) share it so that its mean is h(x)."""
+    """x (...) -> probabilities (..., 2 support + 1).
+
+    The two integers around h(x) share it so that its mean is h(x).
+    """
     y = jnp.clip(squash(x), -support, support)
-    return jnp.maximum(0.0, 1 - jnp.abs(y[..., None] - jnp.arange(-support, support + 1, dtype=jnp.float32)))
+    bins = jnp.arange(-support, support + 1, dtype=jnp.float32)
+    return jnp.maximum(0.0, 1 - jnp.abs(y[..., None] - bins))
 
 
 def expected(logits: Array) -> Array:
     """The scalar (...) that logits (..., 2 support + 1) stand for: h^-1 of the mean."""
     support = logits.shape[-1] // 2
-    return unsquash(nn.softmax(logits) @ jnp.arange(-support, support + 1, dtype=jnp.float32))
+    bins = jnp.arange(-support, support + 1, dtype=jnp.float32)
+    return unsquash(nn.softmax(logits) @ bins)
 
 
 def cross_entropy(logits: Array, x: Array) -> Array:
     """-sum_i two_hot(x)_i log p_i, (...)."""
-    return -jnp.sum(two_hot(x, logits.shape[-1] // 2) * nn.log_softmax(logits), axis=-1)
+    support = logits.shape[-1] // 2
+    return -jnp.sum(two_hot(x, support) * nn.log_softmax(logits), axis=-1)
 
 
 def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) -> Array:
@@ -575,8 +1074,10 @@ def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) 
     G_t = r_t + gamma (1 - terminated_t) (v_{t+1} + c_{t+1} (G_{t+1} - q_{t+1})),    c_T = 0
     c_t = lambda min(1, pi_prior(a_t|s_t) / pi_b(a_t|s_t))
 
-    value (T + 1, B): v_prior, also of what follows the rollout, so that its end, and that of a meta-episode, is a
-    bootstrap; q (T, B): q_prior(s_t, a_t); ratio (T, B): pi_prior / pi_b.
+    value (T + 1, B): v_prior, also of what follows the rollout, so that its end, and that of a
+    meta-episode, is a bootstrap
+    q (T, B): q_prior(s_t, a_t)
+    ratio (T, B): pi_prior / pi_b
     """
     c = args.retrace_lambda * jnp.minimum(1.0, ratio)
 
@@ -585,8 +1086,10 @@ def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) 
         G = reward + args.gamma * (1.0 - ended) * (next_value + correction)
         return c * (G - q), G
 
-    steps = (rollout.reward, rollout.terminated.astype(jnp.float32), value[1:], q, c)
-    return lax.scan(backward, jnp.zeros_like(value[0]), steps, reverse=True)[1]
+    ended = rollout.terminated.astype(jnp.float32)
+    steps = (rollout.reward, ended, value[1:], q, c)
+    _, returns = lax.scan(backward, jnp.zeros_like(value[0]), steps, reverse=True)
+    return returns
 
 
 def cmpo_weights(args: Args, advantages: Array) -> Array:
@@ -595,22 +1098,34 @@ def cmpo_weights(args: Args, advantages: Array) -> Array:
     pi_CMPO(a|s) = pi_prior(a|s) exp(clip(adv(s, a), -c, c)) / z(s)
     w_k = exp(clip(adv_k, -c, c)) / z_k,    z_k = (1 + sum_{i != k} exp(clip(adv_i, -c, c))) / N
 
-    advantages (..., N): (q_prior(s, a_k) - v_prior(s)) / sigma. The 1 stands for an action of average value, and
-    leaving k out of its own z_k keeps the estimate of the gradient from being biased by a_k itself.
+    advantages (..., N): (q_prior(s, a_k) - v_prior(s)) / sigma. The 1 stands for an action of
+    average value, and leaving k out of its own z_k keeps the estimate of the gradient from being
+    biased by a_k itself.
     """
     w = jnp.exp(jnp.clip(advantages, -args.muesli_clip, args.muesli_clip))
     z = (1.0 + w.sum(axis=-1, keepdims=True) - w) / w.shape[-1]
     return w / z
 
 
-def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Array, key: Array) -> tuple:
-    """Targets, the target network's carry after the rollout, the moving average of the squared advantage, metrics.
+class ReplayedTargets(NamedTuple):
+    """What ``muesli_targets`` finds."""
+
+    targets: Targets
+    target_carry: Any  # the target network's after the rollout
+    advantage_scale: AdvantageScale
+    metrics: dict[str, Array]
+
+
+def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Array, key: Array) -> ReplayedTargets:
+    """What the losses aim at: the target network reads the rollout once.
 
     runner: as it was at the start of the rollout; last_obs (B, F): what follows the rollout.
     """
-    args, apply = setup.args, partial(setup.network.apply, runner.target_params)
+    args = setup.args
+    apply = partial(setup.network.apply, runner.target_params)
+    goes_on = jnp.zeros((1, args.num_envs), jnp.float32)
     carry, h = apply(runner.target_carry, rollout.obs, rollout.start, method="scan")
-    _, last_h = apply(carry, last_obs[None], jnp.zeros((1, args.num_envs), jnp.float32), method="scan")
+    _, last_h = apply(carry, last_obs[None], goes_on, method="scan")
     value = expected(apply(jnp.concatenate([h, last_h]), method="value"))  # (T + 1, B)
     prior = apply(h, method="policy")
 
@@ -619,118 +1134,208 @@ def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Arr
         h, reward = apply(h, action, method="model")
         return expected(reward) + args.gamma * expected(apply(h, method="value"))
 
+    # returns
     q = q_prior(h, rollout.action)
     ratio = jnp.exp(prior.log_prob(rollout.action) - rollout.log_prob)
-    returns = retrace(args, rollout, value, q if args.muesli_retrace_q else value[:-1], ratio)
+    baseline = q if args.muesli_retrace_q else value[:-1]
+    returns = retrace(args, rollout, value, baseline, ratio)
     advantages = returns - value[:-1]
 
     # sigma^2 = E[(G - v_prior)^2], a moving average with its bias corrected
-    square, count = runner.advantage_square
-    decay, count = args.muesli_advantage_decay, count + 1
-    square = decay * square + (1 - decay) * jnp.mean(advantages**2)
-    sigma = jnp.sqrt(square / (1 - decay**count) + 1e-12)
+    decay = args.muesli_advantage_decay
+    scale = AdvantageScale(
+        square=decay * runner.advantage_scale.square + (1 - decay) * jnp.mean(advantages**2),
+        rollouts=runner.advantage_scale.rollouts + 1,
+    )
+    sigma = jnp.sqrt(scale.square / (1 - decay**scale.rollouts) + 1e-12)
 
-    def sample(inputs):  # one time step after the other: N times a rollout would leave the caches
-        key, h, prior, value = inputs
-        action = jax.vmap(prior.sample, out_axes=1)(jax.random.split(key, args.muesli_samples))  # (B, N, A)
+    # CMPO, one time step after the other: N times a rollout would leave the caches
+    def sample(step):
+        key, h, prior, value = step
+        keys = jax.random.split(key, args.muesli_samples)
+        action = jax.vmap(prior.sample, out_axes=1)(keys)  # (B, N, A)
         advantage = (q_prior(h[:, None], action) - value[:, None]) / sigma
         return action, cmpo_weights(args, advantage)
 
-    actions, weights = lax.map(sample, (jax.random.split(key, args.num_steps), h, prior, value[:-1]))
-    targets = Targets(returns, advantages / sigma, actions, weights)
-    metrics = {"sigma": sigma, "value_mean": value.mean(), "prior_ratio": ratio.mean()}
-    metrics["explained_variance"] = 1 - jnp.var(advantages) / (jnp.var(returns) + 1e-8)
-    return targets, carry, (square, count), metrics
+    keys = jax.random.split(key, args.num_steps)
+    actions, weights = lax.map(sample, (keys, h, prior, value[:-1]))
+
+    targets = Targets(
+        returns=returns,
+        advantages=advantages / sigma,
+        actions=actions,
+        weights=weights,
+    )
+    metrics = {
+        "sigma": sigma,
+        "value_mean": value.mean(),
+        "prior_ratio": ratio.mean(),
+        "explained_variance": 1 - jnp.var(advantages) / (jnp.var(returns) + 1e-8),
+    }
+    return ReplayedTargets(
+        targets=targets,
+        target_carry=carry,
+        advantage_scale=scale,
+        metrics=metrics,
+    )
 
 
 def cmpo_loss(policy: Policy, targets: Targets) -> Array:
-    """-(1 / N) sum_k w_k log pi(a_k|s), (T, B): the cross entropy with CMPO's policy, up to a constant the KL."""
-    several = jax.tree.map(lambda x: x[..., None, :], policy)
-    return -jnp.mean(targets.weights * several.log_prob(targets.actions), axis=-1)
+    """-(1 / N) sum_k w_k log pi(a_k|s), float (T, B).
+
+    The cross entropy with CMPO's policy: up to a constant the KL divergence from it.
+    """
+    for_each_sample = jax.tree.map(lambda x: x[..., None, :], policy)
+    return -jnp.mean(targets.weights * for_each_sample.log_prob(targets.actions), axis=-1)
 
 
 def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targets) -> dict[str, Array]:
-    """The model unrolled from every state with the actions that were taken (Hessel et al. 2021, section 4).
+    """The model unrolled from every state with the actions that were taken.
+
+    Hessel et al. 2021, section 4:
 
     z_t,0 = h_t,    z_t,k, r_t,k = g(z_t,k-1, a_{t+k-1})
-    L = mean over t and k of   CE(r_t,k, reward_{t+k-1}) + CE(v(z_t,k), G_{t+k}) + CMPO loss of pi(z_t,k) at t + k
+    L = mean over t and k of
+        CE(r_t,k, reward_{t+k-1}) + CE(v(z_t,k), G_{t+k}) + CMPO loss of pi(z_t,k) at t + k
 
-    Where the task terminated at t + k - 1 the value of z_t,k is 0, and nothing is asked of the model from there on;
-    neither is it beyond the end of the rollout or of the meta-episode. The gradient is halved through the input.
+    Where the task terminated at t + k - 1 the value of z_t,k is 0, and nothing is asked of the
+    model from there on; neither is it beyond the end of the rollout or of the meta-episode.
+    The gradient is halved through the input.
     """
-    nothing = jnp.zeros((), jnp.float32)
-    losses = dict.fromkeys(("model_reward_loss", "model_value_loss", "model_policy_loss"), nothing)
-    z, alive = h, jnp.ones_like(rollout.reward)
+    losses = {
+        "model_reward_loss": jnp.zeros((), jnp.float32),
+        "model_value_loss": jnp.zeros((), jnp.float32),
+        "model_policy_loss": jnp.zeros((), jnp.float32),
+    }
+    z = h
+    alive = jnp.ones_like(rollout.reward)
     for k in range(1, args.muesli_unroll + 1):
         z = 0.5 * z + lax.stop_gradient(0.5 * z)
         z, reward = apply(z, rollout.action[k - 1 :], method="model")  # (T - k + 1, B, .)
-        losses["model_reward_loss"] += jnp.mean(alive * cross_entropy(reward, rollout.reward[k - 1 :]))
-        z, alive, ended = z[:-1], alive[:-1] * (1 - rollout.start[k:]), rollout.terminated[k - 1 : -1]  # (T - k, B, .)
-        value = cross_entropy(apply(z, method="value"), jnp.where(ended, 0.0, targets.returns[k:]))
-        losses["model_value_loss"] += jnp.mean(alive * value)
-        alive = alive * (1.0 - ended.astype(jnp.float32))
-        later = jax.tree.map(lambda x, k=k: x[k:], targets)
-        losses["model_policy_loss"] += jnp.mean(alive * cmpo_loss(apply(z, method="policy"), later))
+
+        # reward of the step just modelled
+        reward_loss = cross_entropy(reward, rollout.reward[k - 1 :])
+        losses["model_reward_loss"] += jnp.mean(alive * reward_loss)
+
+        # what follows it within the rollout and the meta-episode, (T - k, B, .)
+        z = z[:-1]
+        alive = alive[:-1] * (1 - rollout.start[k:])
+        terminated = rollout.terminated[k - 1 : -1]
+
+        # value
+        value_target = jnp.where(terminated, 0.0, targets.returns[k:])
+        value_loss = cross_entropy(apply(z, method="value"), value_target)
+        losses["model_value_loss"] += jnp.mean(alive * value_loss)
+
+        # policy, unless the trial is over
+        alive = alive * (1.0 - terminated.astype(jnp.float32))
+        later_targets = jax.tree.map(lambda x, k=k: x[k:], targets)
+        policy_loss = cmpo_loss(apply(z, method="policy"), later_targets)
+        losses["model_policy_loss"] += jnp.mean(alive * policy_loss)
     return {name: loss / args.muesli_unroll for name, loss in losses.items()}
 
 
-def muesli_loss(params: Any, setup: Setup, carry: Any, rollout: Rollout, targets: Targets) -> tuple[Array, dict]:
+def muesli_loss(
+    params: Any, setup: Setup, carry: Any, rollout: Rollout, targets: Targets
+) -> tuple[Array, dict[str, Array]]:
     """Muesli's loss on whole sequences, replayed from the carry stored at their start.
 
     L = L_PG + lambda L_CMPO + c_v CE(v(h_t), G_t) + c_m L_model - c_e H(pi)
-    L_PG = -mean min(1, pi / pi_b) (G - v_prior) / sigma log pi(a|s),    the weight min(1, pi / pi_b) constant
+    L_PG = -mean min(1, pi / pi_b) (G - v_prior) / sigma log pi(a|s)
+
+    The weight min(1, pi / pi_b) is a constant.
     """
-    args, apply = setup.args, partial(setup.network.apply, params)
+    args = setup.args
+    apply = partial(setup.network.apply, params)
     _, h = apply(carry, rollout.obs, rollout.start, method="scan")
     policy = apply(h, method="policy")
     log_prob = policy.log_prob(rollout.action)
     ratio = lax.stop_gradient(jnp.exp(log_prob - rollout.log_prob))
-    pg_loss = -jnp.mean(jnp.minimum(1.0, ratio) * targets.advantages * log_prob)
-    metrics = {"policy_loss": pg_loss, "cmpo_loss": cmpo_loss(policy, targets).mean()}
-    metrics["value_loss"] = cross_entropy(apply(h, method="value"), targets.returns).mean()
-    metrics |= (model := model_loss(apply, args, h, rollout, targets))
-    loss = args.muesli_pg_coef * pg_loss + args.muesli_cmpo_coef * metrics["cmpo_loss"]
-    loss += args.vf_coef * metrics["value_loss"] + args.muesli_model_coef * sum(model.values())
-    metrics |= {"entropy": policy.entropy().mean(), "approx_kl": jnp.mean(ratio - 1 - log_prob + rollout.log_prob)}
-    return loss - args.ent_coef * metrics["entropy"], metrics | {"ratio_error": jnp.max(jnp.abs(ratio - 1))}
+
+    # policy gradient
+    policy_loss = -jnp.mean(jnp.minimum(1.0, ratio) * targets.advantages * log_prob)
+
+    # regulariser
+    regulariser = cmpo_loss(policy, targets).mean()
+
+    # value
+    value_loss = cross_entropy(apply(h, method="value"), targets.returns).mean()
+
+    # model
+    model_losses = model_loss(apply, args, h, rollout, targets)
+
+    # entropy
+    entropy = policy.entropy().mean()
+
+    loss = args.muesli_pg_coef * policy_loss + args.muesli_cmpo_coef * regulariser
+    loss += args.vf_coef * value_loss + args.muesli_model_coef * sum(model_losses.values())
+    loss -= args.ent_coef * entropy
+    metrics = {
+        "policy_loss": policy_loss,
+        "cmpo_loss": regulariser,
+        "value_loss": value_loss,
+        **model_losses,
+        "entropy": entropy,
+        "approx_kl": jnp.mean(ratio - 1 - log_prob + rollout.log_prob),
+        "ratio_error": jnp.max(jnp.abs(ratio - 1)),
+    }
+    return loss, metrics
 
 
-# ---- 7. Rollout and update -------------------------------------------------------------------------------------------
+# ---- 6. Rollout and update -----------------------------------------------------------------------
 def make_setup(args: Args) -> Setup:
     """Tasks, network, optimiser and devices for these flags. Raises UsageError."""
     train, _ = task_names(args)
     if args.num_devices > jax.device_count():
-        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
+        devices = f"--num-devices {args.num_devices}"
+        raise common.UsageError(f"{devices}: this machine has {jax.device_count()}")
     tasks = tuple(make_task(args, name, "tasks") for name in train)
-    obs_size = args.obs_size if args.projection else max(task.obs_size for task in tasks)
-    action_size = args.action_size if args.projection else max(task.action_size for task in tasks)
+    largest_obs = max(task.obs_size for task in tasks)
+    largest_action = max(task.action_size for task in tasks)
+    obs_size = args.obs_size if args.projection else largest_obs
+    action_size = args.action_size if args.projection else largest_action
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
-    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
-    mesh = Mesh(np.array(jax.devices()[: args.num_devices]), ("env",))
-    return Setup(args, tasks, obs_size, action_size, Agent(args, action_size), optimizer, mesh)
+    decaying = common.linear_decay(args.learning_rate, steps)
+    learning_rate = decaying if args.anneal_lr else args.learning_rate
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm),
+        optax.adam(learning_rate),
+    )
+    return Setup(
+        args=args,
+        tasks=tasks,
+        obs_size=obs_size,
+        action_size=action_size,
+        network=Agent(args, action_size),
+        optimizer=optimizer,
+        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+    )
 
 
 def init_runner(setup: Setup, key: Array) -> Runner:
     """Fresh parameters and meta-episodes for one agent.
 
-    The slots begin 0, T, 2T, ... steps into their first meta-episode, so that every rollout holds all parts of one.
+    The slots begin 0, T, 2T, ... steps into their first meta-episode, so that every rollout holds
+    all parts of one.
     """
     args = setup.args
     params_key, env_key, key = jax.random.split(key, 3)
     world = reset_world(setup, env_key)
     shares = task_shares(args.num_envs, len(setup.tasks))
-    slot = jnp.concatenate([jnp.arange(share, dtype=jnp.int32) for share in shares])  # of its task
-    time = args.num_steps * (slot % (args.meta_steps // args.num_steps))
+    slot_of_task = jnp.concatenate([jnp.arange(share, dtype=jnp.int32) for share in shares])
+    rollouts_in_meta_episode = args.meta_steps // args.num_steps
+    time = args.num_steps * (slot_of_task % rollouts_in_meta_episode)
     world = world._replace(time=time, whole=time == 0)
     carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
-    params = setup.network.init(params_key, carry, world.obs[None], world.start[None], method="everything")
+    example = (carry, world.obs[None], world.start[None])
+    params = setup.network.init(params_key, *example, method="everything")
+    zero = jnp.zeros((), jnp.float32)
     return Runner(
         params=params,
         target_params=jax.tree.map(jnp.copy, params),
         opt_state=setup.optimizer.init(params),
         key=key,
-        advantage_square=(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
+        advantage_scale=AdvantageScale(square=zero, rollouts=zero),
         world=world,
         carry=carry,
         target_carry=carry,
@@ -738,20 +1343,33 @@ def init_runner(setup: Setup, key: Array) -> Runner:
 
 
 def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[Runner, Rollout]:
-    """Act for T steps, in which no meta-episode ends, with noise x the policy's deviation: (runner after, rollout)."""
-    network, kernels = setup.network, setup.network.apply(runner.params, method="kernels")
+    """Act for T steps, in which no meta-episode ends. Returns the runner moved on and the rollout.
 
-    def step(state, key):
-        (world, carry), (action_key, env_key) = state, jax.random.split(key)
-        carry, h = network.apply(runner.params, kernels, carry, world.obs, world.start, method="step")
-        policy = network.apply(runner.params, h, method="policy")
+    noise: standard deviation of the actions, in those of the policy.
+    """
+    apply = partial(setup.network.apply, runner.params)
+    kernels = apply(method="kernels")
+
+    def act_and_step(state, key):
+        world, carry = state
+        action_key, env_key = jax.random.split(key)
+        carry, h = apply(kernels, carry, world.obs, world.start, method="step")
+        policy = apply(h, method="policy")
         action = policy.sample(action_key, noise)
         later, reward, terminated = step_world(setup, env_key, world, action)
-        return (later, carry), Rollout(world.obs, world.start, action, policy.log_prob(action), reward, terminated)
+        step = Rollout(
+            obs=world.obs,
+            start=world.start,
+            action=action,
+            log_prob=policy.log_prob(action),
+            reward=reward,
+            terminated=terminated,
+        )
+        return (later, carry), step
 
     key, steps_key = jax.random.split(runner.key)
     keys = jax.random.split(steps_key, setup.args.num_steps)
-    (world, carry), rollout = lax.scan(step, (runner.world, runner.carry), keys)
+    (world, carry), rollout = lax.scan(act_and_step, (runner.world, runner.carry), keys)
     return runner._replace(key=key, world=world, carry=carry), rollout
 
 
@@ -760,59 +1378,73 @@ def return_metrics(setup: Setup, world: World) -> dict[str, Any]:
     ended = (world.time >= setup.args.meta_steps) & world.whole
     returns = jnp.where(ended, world.so_far, 0.0)
     episodes = ended.sum(dtype=jnp.int32)
-    metrics = {"episodes": episodes, "return_mean": common.Mean(returns.sum(), episodes)}
-    for task, own, over in zip(setup.tasks, by_task(setup, returns), by_task(setup, ended), strict=True):
-        metrics[f"return_{task.name}"] = common.Mean(own.sum(), over.sum(dtype=jnp.int32))
+    metrics = {
+        "episodes": episodes,
+        "return_mean": common.Mean(returns.sum(), episodes),
+    }
+    returns_of_task = by_task(setup, returns)
+    ended_of_task = by_task(setup, ended)
+    for i, task in enumerate(setup.tasks):
+        number = ended_of_task[i].sum(dtype=jnp.int32)
+        metrics[f"return_{task.name}"] = common.Mean(returns_of_task[i].sum(), number)
     return metrics
 
 
 def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     """One rollout, its targets, then epochs of minibatches that permute slots, never time.
 
-    Deviation: all gradient steps on a rollout, 8 in the default preset and 64 in the paper's, aim at the same targets.
+    Deviation: all gradient steps on a rollout, 8 in the default preset and 64 in the paper's, aim
+    at the same targets.
     """
     args = setup.args
     key, open_key, targets_key, epochs_key = jax.random.split(runner.key, 4)
-    first = runner._replace(key=key, world=open_meta_episodes(setup, open_key, runner.world))
+    world = open_meta_episodes(setup, open_key, runner.world)
+    first = runner._replace(key=key, world=world)
     runner, rollout = collect_rollout(setup, first)
-    targets, target_carry, average, metrics = muesli_targets(setup, first, rollout, runner.world.obs, targets_key)
+    replayed = muesli_targets(setup, first, rollout, runner.world.obs, targets_key)
+    data = (rollout, replayed.targets)
 
     def minibatch_update(learner, slots):
         params, target_params, opt_state = learner
-        batch = jax.tree.map(lambda x: x[:, slots], (rollout, targets))
+        batch = jax.tree.map(lambda x: x[:, slots], data)
         if args.num_devices > 1:
-            batch = lax.with_sharding_constraint(batch, NamedSharding(setup.mesh, PartitionSpec(None, "env")))
+            over_envs = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
+            batch = lax.with_sharding_constraint(batch, over_envs)
         carry = jax.tree.map(lambda x: x[slots], first.carry)
-        (_, metrics), grads = jax.value_and_grad(muesli_loss, has_aux=True)(params, setup, carry, *batch)
-        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
+        gradient = jax.value_and_grad(muesli_loss, has_aux=True)
+        (_, metrics), grads = gradient(params, setup, carry, *batch)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        target_params = optax.incremental_update(params, target_params, args.muesli_target_rate)
+        rate = args.muesli_target_rate
+        target_params = optax.incremental_update(params, target_params, rate)
         return (params, target_params, opt_state), metrics
 
     def epoch(learner, key):
         slots = jnp.arange(args.num_envs, dtype=jnp.int32)
-        order = jax.random.permutation(key, slots).reshape(args.num_minibatches, -1)
-        return lax.scan(minibatch_update, learner, order)
+        order = jax.random.permutation(key, slots)
+        return lax.scan(minibatch_update, learner, order.reshape(args.num_minibatches, -1))
 
+    epoch_keys = jax.random.split(epochs_key, args.update_epochs)
     learner = (runner.params, runner.target_params, runner.opt_state)
-    learner, losses = lax.scan(epoch, learner, jax.random.split(epochs_key, args.update_epochs))
-    ratio_error = losses.pop("ratio_error")
+    learner, losses = lax.scan(epoch, learner, epoch_keys)
+    params, target_params, opt_state = learner
+
+    ratio_error = losses.pop("ratio_error")  # (epochs, minibatches)
     metrics = {
-        **metrics,
+        **replayed.metrics,
         **jax.tree.map(jnp.mean, losses),
         "first_ratio_error": ratio_error[0, 0],
         "reward_mean": rollout.reward.mean(),
         "terminations": rollout.terminated.sum(dtype=jnp.int32),
         **return_metrics(setup, runner.world),
     }
-    params, target_params, opt_state = learner
     runner = runner._replace(
         params=params,
         target_params=target_params,
         opt_state=opt_state,
-        advantage_square=average,
-        target_carry=target_carry,
+        advantage_scale=replayed.advantage_scale,
+        target_carry=replayed.target_carry,
     )
     return runner, metrics
 
@@ -827,7 +1459,16 @@ def placement(setup: Setup) -> Runner:
     """Where a Runner's leaves lie: parameters and keys on every device, the slots spread over the devices."""
     everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
     over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
-    return Runner(*[everywhere] * 5, *[over_envs] * 3)
+    return Runner(
+        params=everywhere,
+        target_params=everywhere,
+        opt_state=everywhere,
+        key=everywhere,
+        advantage_scale=everywhere,
+        world=over_envs,
+        carry=over_envs,
+        target_carry=over_envs,
+    )
 
 
 def init_runners(setup: Setup) -> Runner:
@@ -845,19 +1486,30 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
 
 
-# ---- 8. Evaluation ---------------------------------------------------------------------------------------------------
+# ---- 7. Evaluation -------------------------------------------------------------------------------
 def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
-    """Rewards of whole meta-episodes of a task with fresh projections, float (meta_steps, E)."""
-    args = replace(setup.args, num_envs=setup.args.eval_episodes, num_steps=setup.args.meta_steps)
-    setup = setup._replace(args=args, tasks=(task,))
-    return collect_rollout(setup, init_runner(setup, key)._replace(params=params), args.eval_noise)[1].reward
+    """Rewards of whole meta-episodes of a task, fresh projections, float (meta_steps, E)."""
+    args = setup.args
+    own_args = replace(args, num_envs=args.eval_episodes, num_steps=args.meta_steps)
+    setup = setup._replace(args=own_args, tasks=(task,))
+    runner = init_runner(setup, key)._replace(params=params)
+    _, rollout = collect_rollout(setup, runner, args.eval_noise)
+    return rollout.reward
 
 
-def make_evaluation(setup: Setup) -> list[tuple[str, str, Any]]:
-    """Name, split and compiled ``evaluate`` of all tasks, train and held out, for the parameters of every seed.
+class TaskEvaluation(NamedTuple):
+    """How one task is evaluated."""
 
-    Without projections a task that shows or takes more than those trained on would be cut: UsageError if it is named
-    by --eval-tasks, and if it is of the suite's own it is left out.
+    name: str
+    split: str  # train or held out
+    play: Callable  # parameters of all seeds -> rewards, float (S, meta_steps, E)
+
+
+def make_evaluation(setup: Setup) -> list[TaskEvaluation]:
+    """Evaluations of all tasks, train and held out.
+
+    Without projections a task that shows or takes more than those trained on would be cut:
+    UsageError if it is named by --eval-tasks, and if it is of the suite's own it is left out.
     """
     args = setup.args
     tasks = [(task, "train") for task in setup.tasks]
@@ -868,24 +1520,41 @@ def make_evaluation(setup: Setup) -> list[tuple[str, str, Any]]:
         if args.projection or fits:
             tasks.append((task, "held out"))
         else:
-            too_large.append(f"{name} has {task.obs_size} features and {task.action_size} actions")
+            has = f"{task.obs_size} features and {task.action_size} actions"
+            too_large.append(f"{name} has {has}")
     most = f"more than the {setup.obs_size} and {setup.action_size} trained with"
     if too_large and args.eval_tasks:
-        raise common.UsageError(f"--eval-tasks {args.eval_tasks}: {too_large[0]}, {most}, without --projection")
+        named = f"--eval-tasks {args.eval_tasks}"
+        raise common.UsageError(f"{named}: {too_large[0]}, {most}, without --projection")
     if too_large and jax.process_index() == 0:
-        common.warn(f"left out of the held-out tasks without --projection: {', '.join(too_large)}, {most}")
-    play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))  # the same meta-episodes at all times
-    return [(task.name, split, jax.jit(partial(lax.map, partial(play, task)))) for task, split in tasks]
+        names = ", ".join(too_large)
+        common.warn(f"left out of the held-out tasks without --projection: {names}, {most}")
+
+    key = jax.random.PRNGKey(2303_03982)  # the same meta-episodes at all times
+    found = []
+    for task, split in tasks:
+        play = partial(evaluate, setup, task, key=key)
+        found.append(TaskEvaluation(task.name, split, jax.jit(partial(lax.map, play))))
+    return found
 
 
 EVALUATION_COLUMNS = (
-    *("update", "env_steps", "seed", "task", "split", "return_mean", "return_se"),
+    "update",
+    "env_steps",
+    "seed",
+    "task",
+    "split",
+    "return_mean",
+    "return_se",
     *(f"reward_{n}" for n in range(10)),
 )
 
 
-def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> list[dict[str, Any]]:
-    """A row for each task and seed: return with its standard error, mean reward in tenths of the meta-episode."""
+def evaluation_rows(args: Args, evaluation: list[TaskEvaluation], update: int, params: Any) -> list[dict[str, Any]]:
+    """A row for each task and seed.
+
+    Return with its standard error, mean reward in tenths of the meta-episode.
+    """
     rows = []
     for name, split, play in evaluation:
         for i, rewards in enumerate(np.asarray(play(params), np.float64)):  # (meta_steps, E)
@@ -893,17 +1562,18 @@ def evaluation_rows(args: Args, evaluation: list, update: int, params: Any) -> l
             values = {
                 "return_mean": returns.mean(),
                 "return_se": returns.std() / math.sqrt(len(returns) - 1),
-                **{f"reward_{n}": part.mean() for n, part in enumerate(np.array_split(rewards, 10))},
             }
+            for n, part in enumerate(np.array_split(rewards, 10)):
+                values[f"reward_{n}"] = part.mean()
             row = {
                 "update": update,
                 "env_steps": update * args.batch_size,
                 "seed": args.seed + i,
                 "task": name,
                 "split": split,
-                # empty where a simulation has diverged
-                **{column: value if math.isfinite(value) else "" for column, value in values.items()},
             }
+            for column, value in values.items():
+                row[column] = value if math.isfinite(value) else ""  # a simulation has diverged
             rows.append(row)
     return rows
 
@@ -914,11 +1584,13 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
     def shown(field: Any, width: int, digits: int) -> str:
         return f"{'-':>{width}}" if field == "" else f"{field:{width}.{digits}f}"
 
-    print(f"{'task':26} {'split':9} {'seed':>4} {'return':>9} {'+-':>7}   reward in each tenth of the meta-episode")
+    names = f"{'task':26} {'split':9} {'seed':>4} {'return':>9} {'+-':>7}"
+    print(f"{names}   reward in each tenth of the meta-episode")
     for row in rows:
+        whose = f"{row['task']:26} {row['split']:9} {row['seed']:>4}"
+        result = f"{shown(row['return_mean'], 9, 2)} {shown(row['return_se'], 7, 2)}"
         tenths = " ".join(shown(row[f"reward_{n}"], 6, 3) for n in range(10))
-        result = f"{shown(row['return_mean'], 9, 2)} {shown(row['return_se'], 7, 2)}   {tenths}"
-        print(f"{row['task']:26} {row['split']:9} {row['seed']:>4} {result}", flush=True)
+        print(f"{whose} {result}   {tenths}", flush=True)
 
 
 def write_rows(path: Path, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
@@ -931,10 +1603,10 @@ def write_rows(path: Path, mode: Literal["w", "a"], rows: list[dict[str, Any]]) 
 
 
 class EvaluationTable:
-    """RUN/evaluation.csv, a row for each evaluation, task and seed, and evaluation.png, which draws the newest one.
+    """RUN/evaluation.csv, a row for each evaluation, task and seed, and evaluation.png, its newest.
 
-    Rows are appended. A resumed run keeps those up to its checkpoint, but for damaged ones, and says it where one is
-    missing then. Only a run's first process writes.
+    Rows are appended. A resumed run keeps those up to its checkpoint, but for damaged ones, and
+    says it where one is missing then. Only a run's first process writes.
     """
 
     def __init__(self, run: common.RunDirectory, evaluation: list):
@@ -948,8 +1620,8 @@ class EvaluationTable:
         due = evaluations_due(run, evaluation)
         missing = [place for place in due if place not in found]
         if missing:
-            count = f"{len(missing)} of {len(due)} rows, the first of update {missing[0][0]}, are damaged or missing"
-            common.warn(f"{self.path}: {count}; the run goes on without them")
+            count = f"{len(missing)} of {len(due)} rows, the first of update {missing[0][0]}"
+            common.warn(f"{self.path}: {count}, are damaged or missing; the run goes on without them")
         if self.path.exists():
             draft = self.path.with_suffix(".tmp")
             self.write(draft, "w", rows)
@@ -982,8 +1654,10 @@ def evaluation_is_due(args: Args, update: int) -> bool:
 
 
 def evaluations_due(run: common.RunDirectory, evaluation: list) -> list[tuple[int, int, str]]:
-    """Update, seed and task of all rows that a run's evaluations should have left so far, by the flags it began with;
-    held-out tasks only if they are still the same."""
+    """Update, seed and task of all rows that a run's evaluations should have left so far.
+
+    By the flags it began with; held-out tasks only if they are still the same.
+    """
     begun = common.read_args(Args, str(run.path))
     same = begun.eval_tasks == run.flags.eval_tasks
     names = [name for name, split, _ in evaluation if split == "train" or same]
@@ -992,18 +1666,26 @@ def evaluations_due(run: common.RunDirectory, evaluation: list) -> list[tuple[in
 
 
 def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """In-context curves of the newest evaluation in the runs' rows: a panel for each task, a line for each seed."""
+    """In-context curves of the newest evaluation in the runs' rows.
+
+    A panel for each task, a line for each seed.
+    """
     tasks = list(dict.fromkeys(row["task"] for rows in runs.values() for row in rows))
-    shape = math.ceil(len(tasks) / 4), min(4, len(tasks))
-    figure = Figure(figsize=(3 * shape[1], 2.4 * shape[0]), layout="constrained")
+    columns = min(4, len(tasks))
+    lines = math.ceil(len(tasks) / 4)
+    middles = np.arange(0.05, 1, 0.1)  # of the tenths
+    figure = Figure(figsize=(3 * columns, 2.4 * lines), layout="constrained")
     for place, task in enumerate(tasks, start=1):
-        axes = figure.add_subplot(*shape, place, title=task, xlabel="part of the meta-episode", ylabel="reward")
+        axes = figure.add_subplot(lines, columns, place)
+        axes.set(title=task, xlabel="part of the meta-episode", ylabel="reward")
         for color, (label, rows) in enumerate(runs.items()):
-            own = [row for row in rows if (row["task"], int(row["update"])) == (task, int(rows[-1]["update"]))]
-            tenths = [[row[f"reward_{n}"] for n in range(10)] for row in own]
-            curves = np.array([[float(x) if x != "" else math.nan for x in row] for row in tenths]).reshape(-1, 10).T
-            names = [label.lstrip("_")] + ["_"] * (len(own) - 1)  # one entry in the legend for all seeds
-            axes.plot(np.arange(0.05, 1, 0.1), curves, f"C{color}", linewidth=1, label=names[: len(own)])
+            newest = int(rows[-1]["update"])
+            for row in rows:
+                if row["task"] == task and int(row["update"]) == newest:
+                    tenths = [row[f"reward_{n}"] for n in range(10)]
+                    curve = [float(x) if x != "" else math.nan for x in tenths]
+                    axes.plot(middles, curve, f"C{color}", linewidth=1, label=label.lstrip("_"))
+                    label = "_"  # one entry in the legend for all seeds
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
@@ -1025,9 +1707,12 @@ def evaluate_checkpoint(args: Args) -> None:
     common.draw(plot_evaluations, {run.path.name: rows}, table.with_suffix(".png"))
 
 
-# ---- 9. Training and command line ------------------------------------------------------------------------------------
+# ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
-    """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
+    """Train as the flags say, keep the run directory and return its summary.
+
+    SystemExit after a signal, once saved.
+    """
     check_task_names(args)
     setup = make_setup(args)
     evaluation = make_evaluation(setup)
@@ -1042,7 +1727,10 @@ def train(args: Args) -> dict[str, Any]:
             if evaluation_is_due(args, now):
                 table.add(evaluation_rows(args, evaluation, now, runners.params))
             run.update(runners, metrics)
-    return run.finish(return_train=table.mean_return("train"), return_held_out=table.mean_return("held out"))
+    return run.finish(
+        return_train=table.mean_return("train"),
+        return_held_out=table.mean_return("held out"),
+    )
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import field as field_with
 from dataclasses import fields, make_dataclass, replace
@@ -686,8 +687,11 @@ def find_damage(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def without_litter() -> Iterator[None]:
-    """Where saving fails, as on a full disk, orbax leaves threads and tasks behind that fill stderr with tracebacks
-    until the process has ended: what they log, and that their event loop is closed. One RunError says it all."""
+    """One RunError says all where saving fails, as on a full disk.
+
+    orbax then leaves threads and tasks behind that fill stderr with tracebacks and warnings until the process has
+    ended: what they log, that their event loop is closed, that nobody awaits them.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     call_soon = asyncio.BaseEventLoop.call_soon_threadsafe
@@ -702,6 +706,7 @@ def without_litter() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # and it stays like this
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise RunError(shortened(error)) from None
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)

@@ -76,7 +76,7 @@ def measure(args: Args, task: str, arch: str) -> dict[str, Any]:
 
 def main() -> None:
     args = tyro.cli(Args)
-    tasks = args.tasks.split(",") if args.tasks else muesli.SUITES[args.suite][0]
+    tasks = args.tasks.split(",") if args.tasks else muesli.SUITES[args.suite].train
     results = [measure(args, task, arch) for task in tasks for arch in args.archs]
     rows = [
         [r["task"], r["arch"], f"{r['compile']:.1f}"]

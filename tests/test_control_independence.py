@@ -15,10 +15,9 @@ from conftest import fast_jit
 from independence import correlated_pairs
 from test_muesli import first_runner, small_args, toy_setup
 
-import control_tasks
 import muesli_s5_metarl as muesli
 
-TASKS = [(suite, name) for suite, lists in control_tasks.SUITES.items() for names in lists for name in names]
+TASKS = [(suite, name) for suite, lists in muesli.SUITES.items() for names in lists for name in names]
 SHARED_KEYS = {  # in MuJoCo Playground's own resets
     "BallInCup": "nothing of the start varies",
     "CartpoleSwingup": "the slider's velocity is its position",
@@ -72,7 +71,7 @@ def as_parameter(suite, name):
 
 @pytest.mark.parametrize(("suite", "name"), [as_parameter(*task) for task in TASKS])
 def test_positions_velocities_and_hidden_draws_of_a_reset_are_independent(suite, name):
-    task = control_tasks.make_task(small_args(suite=suite, tasks=name, eval_tasks="none"), name, "tasks")
+    task = muesli.make_task(small_args(suite=suite, tasks=name, eval_tasks="none"), name, "tasks")
     assert correlated_starts(suite, name, task) == []
 
 
@@ -87,7 +86,7 @@ def test_a_key_that_is_split_and_folded_into_is_found(draw):
         data = SimpleNamespace(qpos=place, qvel=jnp.zeros(2), mocap_pos=target)
         return place, SimpleNamespace(data=data, info={"directions": turn} if draw == "directions" else {})
 
-    task = control_tasks.Task("planted", 2, 2, -1.0, 1.0, False, reset, None)
+    task = muesli.Task("planted", 2, 2, -1.0, 1.0, False, reset, None)
     pairs = correlated_starts("dmc", "planted", task)
     assert {part.split("[")[0] for part in pairs[0][:2]} <= {draw, "position 0", "position 1"}
     assert draw in f"{pairs[0][0]} {pairs[0][1]}" and abs(pairs[0][2]) > 0.9
@@ -107,7 +106,7 @@ def noisy_task(name):
         place, time = state
         return place, (place, time + 1), jax.random.uniform(key), time + 1 >= 2
 
-    return control_tasks.Task(name, 3, 2, -1.0, 1.0, True, reset, step)
+    return muesli.Task(name, 3, 2, -1.0, 1.0, True, reset, step)
 
 
 def drawn_by_a_run(monkeypatch):

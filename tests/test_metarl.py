@@ -16,7 +16,6 @@ import pytest
 from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, start_script
 from test_muesli import SMALL, first_runner, small_args, toy_setup, walk_step, walk_task
 
-import control_tasks
 import muesli_s5_metarl as muesli
 import s5_common as common
 
@@ -151,7 +150,7 @@ def test_no_task_leaks_into_another_ones_slots(pays):
     def constant(x):
         see = jnp.full(3, x)
         step = lambda key, state, action: (see, state, x, jnp.zeros((), bool))  # noqa: E731
-        return control_tasks.Task(str(x), 3, 2, -1.0, 1.0, False, lambda key: (see, jnp.zeros(())), step)
+        return muesli.Task(str(x), 3, 2, -1.0, 1.0, False, lambda key: (see, jnp.zeros(())), step)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         setup = toy_setup(monkeypatch, tasks={str(x): constant(x) for x in pays}, arch="mlp", action_size=1)
@@ -205,7 +204,7 @@ def test_tasks_that_end_by_themselves_see_done_and_the_memory_goes_on(story):
 
 
 def test_point_mass_hard_pushes_into_directions_that_are_not_parallel():
-    env = control_tasks.point_mass_hard()
+    env = muesli.point_mass_hard()
     reset, step = fast_jit(jax.vmap(env.reset)), fast_jit(jax.vmap(env.step))
     state = reset(jax.random.split(jax.random.PRNGKey(0), 500))
     directions = np.asarray(state.info["directions"])  # (500, actuator, axis)
@@ -224,7 +223,7 @@ def test_control_tasks_are_playgrounds(monkeypatch):
     """Observation, reward and range of the task are those of the package's own environment, step by step."""
     from mujoco_playground import dm_control_suite
 
-    task = control_tasks.make_task(small_args(), "PendulumSwingup", "tasks")
+    task = muesli.make_task(small_args(), "PendulumSwingup", "tasks")
     env = dm_control_suite.load("PendulumSwingup", config_overrides={"impl": "jax"})
     obs, state = fast_jit(task.reset)(jax.random.PRNGKey(3))
     own = fast_jit(env.reset)(jax.random.PRNGKey(3))
@@ -294,7 +293,7 @@ def test_a_run_of_more_gradient_steps_than_an_integer_holds_begins_with_its_step
 def test_without_projections_larger_tasks_of_the_suites_own_are_left_out(monkeypatch, capsys):
     sizes = {"small": (3, 1), "shows more": (12, 1), "takes more": (3, 2), "fits": (2, 1)}
     tasks = {n: walk_task(n)._replace(obs_size=o, action_size=a) for n, (o, a) in sizes.items()}
-    monkeypatch.setitem(control_tasks.SUITES, "dmc", (("small",), ("shows more", "takes more", "fits")))
+    monkeypatch.setitem(muesli.SUITES, "dmc", muesli.Suite(("small",), ("shows more", "takes more", "fits")))
     monkeypatch.setattr(muesli, "make_task", lambda args, name, flag: tasks[name])
     for projection, names in ((False, ["small", "fits"]), (True, list(sizes))):
         found = muesli.make_evaluation(muesli.make_setup(small_args(projection=projection)))
@@ -604,5 +603,5 @@ def test_the_paper_preset_is_the_papers_table():
 @pytest.mark.parametrize("suite", ["dmc", "brax"])
 def test_the_suites_lists_are_disjoint_and_known(suite):
     train, held_out = muesli.task_names(small_args(suite=suite))
-    known = control_tasks.environments(small_args(suite=suite))
+    known = muesli.environments(small_args(suite=suite))
     assert not set(train) & set(held_out) and set(train + held_out) <= set(known)

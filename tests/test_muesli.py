@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import fast_jit
 
-import control_tasks
 import muesli_s5_metarl as muesli
 
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "rnn_width": 16, "s5_layers": 1, "num_envs": 8}
@@ -44,7 +43,7 @@ def walk_step(key, state, action):
 
 def walk_task(name="walk", ends=True, low=-2.0, high=1.0):
     step = walk_step if ends else lambda *x: (*walk_step(*x)[:3], jnp.zeros((), bool))
-    return control_tasks.Task(name, 3, 2, low, high, ends, walk_reset, step)
+    return muesli.Task(name, 3, 2, low, high, ends, walk_reset, step)
 
 
 def toy_setup(monkeypatch, names=("walk",), tasks=None, **flags):
@@ -371,7 +370,7 @@ def test_the_targets_are_those_of_a_plain_loop(learnt, retrace_q):
     G = muesli.retrace(args, rollout, value, q(h, rollout.action) if retrace_q else state_value, ratio)
     np.testing.assert_allclose(found.returns, G, atol=1e-4)
 
-    earlier, count_before = runner.advantage_square
+    earlier, count_before = runner.advantage_scale
     assert count_before == 2 and count == 3
     expected_square = 0.99 * earlier + 0.01 * np.mean((G - state_value) ** 2)
     assert float(square) == pytest.approx(float(expected_square), rel=1e-4)
@@ -493,7 +492,7 @@ def bandit(best):
         pay = 0.5 * jnp.exp(-8 * (action[0] + 0.5) ** 2) + jnp.exp(-8 * (action[0] - best) ** 2)
         return jnp.ones(1), state, pay, jnp.ones((), bool)
 
-    return control_tasks.Task("bandit", 1, 1, -1.0, 1.0, True, lambda key: (jnp.ones(1), jnp.zeros(())), step)
+    return muesli.Task("bandit", 1, 1, -1.0, 1.0, True, lambda key: (jnp.ones(1), jnp.zeros(())), step)
 
 
 @pytest.mark.slow
