@@ -1,14 +1,16 @@
-"""Recurrent A2C with a resettable S5 layer on bsuite's memory, credit and exploration tasks, in one file.
+"""Recurrent A2C with S5 on bsuite's memory, credit and exploration tasks, in one file.
 
-Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.1: the
-recurrent actor-critic of bsuite (Osband et al. 2020) with its LSTM exchanged for S5 or for self-attention.
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement
+Learning", 4.1: the recurrent actor-critic of bsuite (Osband et al. 2020) with its LSTM exchanged
+for S5 or for self-attention.
 
     python a2c_s5_bsuite.py --memory-length 512                  # a minute on 2 CPU cores
     python a2c_s5_bsuite.py --memory-length 512 --preset paper   # the paper's table: one environment, unroll 32
 
-Shapes: T time, B environments, O observation features, A actions, H model width, P complex states of an S5 layer,
-S seeds; time comes first. start is 1 where an observation opens an episode. All episodes of a task have L steps, so the
-B environments begin and end theirs together. Departures from the paper are marked "Deviation" and listed in README.md.
+Shapes: T time, B environments, O observation features, A actions, H model width, P complex states
+of an S5 layer, S seeds; time comes first. start is 1 where an observation opens an episode. All
+episodes of a task have L steps, so the B environments begin and end theirs together. Departures
+from the paper are marked "Deviation" and listed in README.md.
 """
 
 from __future__ import annotations
@@ -259,8 +261,9 @@ TASKS: dict[str, Callable[[Args], Recipe]] = {
 def make_task(args: Args) -> Task:
     """The task with these flags. Raises UsageError for an unknown one.
 
-    gymnax's ends of episodes are not used: it truncates the longer chains, which bsuite never does. Nor does it
-    declare the types of its numbers: it always runs without JAX_ENABLE_X64, so that they are 32 bits wide.
+    gymnax's ends of episodes are not used: it truncates the longer chains, which bsuite never does.
+    Nor does it declare the types of its numbers: it always runs without JAX_ENABLE_X64, so that
+    they are 32 bits wide.
     """
     if args.env not in TASKS:
         why = "its images would have to be downloaded" if args.env == "MNISTBandit" else "unknown"
@@ -307,8 +310,9 @@ class S5Layer(nn.Module):
     y_t = gelu(2 Re(C_tilde x_t) + D u_t)
     out = u + (W1 y) * sigmoid(W2 y)
 
-    The parameters are real; complex ones hold their real parts, then their imaginary parts: B_tilde (H, 2P),
-    C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,). The carry x is float (B, 2P).
+    The parameters are real; complex ones hold their real parts, then their imaginary parts:
+    B_tilde (H, 2P), C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,).
+    The carry x is float (B, 2P).
     """
 
     args: Args
@@ -347,11 +351,13 @@ class S5Layer(nn.Module):
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
-        # Deviation: the real part stays negative; the released code lets training push modes into growth.
+        # Deviation: the real part stays negative; the released code lets training push modes into
+        # growth.
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         step = jnp.exp(self.log_step)
         B_tilde = common.packed_to_complex(self.B_tilde).T
-        # Deviation: zero-order hold makes B_bar as small as the time step, and so what a slow state keeps of a bit.
+        # Deviation: zero-order hold makes B_bar as small as the time step, and so what a slow state
+        # keeps of a bit.
         B_tilde *= (self.args.s5_dt_max / step)[:, None] if self.args.s5_gain else 1.0
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, step)
         # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
@@ -414,7 +420,10 @@ class ActorCritic(nn.Module):
         return [layer.kernels() for layer in self.memory]
 
     def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Array, Array]:
-        """To learn: obs (T, B, O), start (T, B). Returns the carry, logits (T, B, A), values (T, B)."""
+        """To learn: obs (T, B, O), start (T, B).
+
+        Returns the carry, logits (T, B, A), values (T, B).
+        """
         T, B = start.shape
         x = self.encoder(obs.reshape(T * B, -1))
         new_carry = []
@@ -448,7 +457,10 @@ class Setup(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of updates."""
+    """All that changes during a run and is in a checkpoint.
+
+    Outside of updates with a leading seed axis S.
+    """
 
     params: Any
     opt_state: Any
@@ -473,11 +485,11 @@ class Segment(NamedTuple):
 
 # ---- 5. Returns and loss -------------------------------------------------------------------------
 def td_lambda_returns(args: Args, reward: Array, value: Array, bootstrap: Array) -> Array:
-    """The TD(lambda) return (Sutton and Barto 2018, section 12.1), float (T, B), of reward and value (T, B).
+    """The TD(lambda) return (Sutton and Barto 2018, section 12.1), float (T, B).
 
     G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1}),    G_T = V_T = bootstrap
 
-    bootstrap (B,): the value of what follows, 0 after a termination.
+    reward and value (T, B); bootstrap (B,): the value of what follows, 0 after a termination.
     """
 
     def backward(later, step):
@@ -493,7 +505,9 @@ def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap:
     """Advantage actor-critic (Mnih et al. 2016) with TD(lambda) errors, as in bsuite's baseline.
 
     delta_t = G_t - V_t
-    L       = -mean log pi(a_t) delta_t + c_v mean delta_t^2 - c_e entropy,    delta_t constant in the first term
+    L       = -mean log pi(a_t) delta_t + c_v mean delta_t^2 - c_e entropy
+
+    delta_t is constant in the first term.
 
     carry: the memory before the segment.
     """
@@ -578,7 +592,10 @@ def init_runner(setup: Setup, seed: Array) -> Runner:
 
 
 def collect_segment(setup: Setup, runner: Runner, T: int) -> tuple[Runner, Segment, Array]:
-    """Act for T steps. Returns the runner moved on, the segment, and the value of what follows, (B,)."""
+    """Act for T steps.
+
+    Returns the runner moved on, the segment, and the value of what follows, (B,).
+    """
     network = setup.network
     kernels = network.apply(runner.params, method="kernels")
     act = partial(network.apply, runner.params, kernels, method="step")
@@ -605,7 +622,10 @@ def collect_segment(setup: Setup, runner: Runner, T: int) -> tuple[Runner, Segme
 
 
 def update(setup: Setup, runner: Runner, T: int, last: bool) -> tuple[Runner, tuple[dict[str, Array], Array]]:
-    """T steps and one gradient step on them. Returns also metrics and the rewards of the last step, (B,)."""
+    """T steps and one gradient step on them.
+
+    Returns also metrics and the rewards of the last step, (B,).
+    """
     first_carry = runner.carry
     runner, segment, value = collect_segment(setup, runner, T)
     bootstrap = jnp.zeros_like(value) if last else value  # an episode's last step terminates it
@@ -618,7 +638,10 @@ def update(setup: Setup, runner: Runner, T: int, last: bool) -> tuple[Runner, tu
 
 
 def update_episode(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Array]]:
-    """One episode in each environment: segments of T steps, a last one of what is left. Metrics are the last one's."""
+    """One episode in each environment: segments of T steps, a last one of what is left.
+
+    Metrics are the last one's.
+    """
     T = setup.args.num_steps
     L = setup.task.length
     full = math.ceil(L / T) - 1  # segments before the last one
@@ -646,7 +669,10 @@ def init_runners(setup: Setup) -> Runner:
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
-    """A row of metrics.csv as one compiled call: the runners moved on, and each metric as float (S, rounds)."""
+    """A row of metrics.csv as one compiled call.
+
+    Returns the runners moved on, and each metric as float (S, rounds).
+    """
 
     def update_row(runner):
         return lax.scan(lambda runner, _: update_episode(setup, runner), runner, length=setup.rounds)
@@ -658,7 +684,10 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 # ---- 7. Evaluation and bsuite's way of reporting -------------------------------------------------
 def print_evaluation(args: Args) -> None:
-    """Play with the newest checkpoint of --eval, from a fixed key: mean, standard error, quantiles for each seed."""
+    """Play with the newest checkpoint of --eval, from a fixed key.
+
+    Prints mean, standard error and quantiles for each seed.
+    """
     setup = make_setup(args)
     run = common.RunDirectory(args, args.env, "a2c_s5_bsuite")
     runners = run.restore(init_runners(setup))
@@ -694,7 +723,8 @@ SWEEPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 def write_bsuite_log(path: Path, env: str, length: int, history: np.ndarray) -> None:
     """bsuite's CSV log: a row after 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 4, ..., 9 times 10^k episodes.
 
-    history: return and last reward of all episodes, (episodes, 2); a positive last reward is a success
+    history: return and last reward of all episodes, (episodes, 2); a positive last reward is a
+    success
     """
     steps = (10, 12, 14, 17, 20, 25, *range(30, 100, 10))
     due = [10**k * step // 10 for k in range(8) for step in steps if 10**k * step % 10 == 0]
@@ -730,7 +760,10 @@ def write_bsuite_log(path: Path, env: str, length: int, history: np.ndarray) -> 
 
 # ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
-    """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
+    """Train as the flags say, keep the run directory and return its summary.
+
+    SystemExit after a signal, once saved.
+    """
     setup = make_setup(args)
     with common.RunDirectory(args, args.env, "a2c_s5_bsuite") as run:
         runners = run.restore(init_runners(setup))
@@ -747,10 +780,13 @@ def train(args: Args) -> dict[str, Any]:
 
 
 def run_sweep(args: Args) -> None:
-    """All settings of a bsuite experiment, one after the other; the same command goes on where it was stopped.
+    """All settings of a bsuite experiment, one after the other.
 
-    Runs lie in RUN_DIR/ID-N; RUN_DIR/logs is what bsuite's csv_load reads; RUN_DIR/sweep.json holds the flags. Raises
-    UsageError if they are others, as the runs and logs of two sets of flags must not be mixed.
+    The same command goes on where it was stopped.
+
+    Runs lie in RUN_DIR/ID-N; RUN_DIR/logs is what bsuite's csv_load reads; RUN_DIR/sweep.json holds
+    the flags. Raises UsageError if they are others, as the runs and logs of two sets of flags must
+    not be mixed.
     """
     env, settings = SWEEPS[args.sweep]
     root = Path(args.run_dir or f"runs/{args.sweep}__a2c_s5_bsuite__{args.arch}__s{args.seed}")
@@ -770,7 +806,10 @@ def run_sweep(args: Args) -> None:
 
 
 def claim_sweep(args: Args, root: Path) -> None:
-    """Make a sweep's directory, or go on in it if it was made with these flags. Raises UsageError."""
+    """Make a sweep's directory, or go on in it if it was made with these flags.
+
+    Raises UsageError.
+    """
     named = ("run_dir", *common.WHERE_IT_RUNS)
     flags = {name: x for name, x in json.loads(json.dumps(vars(args))).items() if name not in named}
     record = root / "sweep.json"

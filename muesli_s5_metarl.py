@@ -780,8 +780,9 @@ class S5Layer(nn.Module):
     y_t = gelu(2 Re(C_tilde x_t) + D u_t)
     out = u + (W1 y) * sigmoid(W2 y)
 
-    The parameters are real; complex ones hold their real parts, then their imaginary parts: B_tilde (H, 2P),
-    C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,). The carry x is float (B, 2P).
+    The parameters are real; complex ones hold their real parts, then their imaginary parts:
+    B_tilde (H, 2P), C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,).
+    The carry x is float (B, 2P).
     """
 
     args: Args
@@ -882,7 +883,9 @@ def make_memory(args: Args) -> list[nn.Module]:
 
 
 class Agent(nn.Module):
-    """Encoder -> memory -> latent h; heads on h: policy and value; the model g(h, a) -> next latent and reward.
+    """Encoder -> memory -> latent h; on h: policy, value, and the model g.
+
+    The model g(h, a) gives the next latent and the reward.
 
     ``scan`` reads a sequence (T, B, F) to learn, ``step`` one time step (B, F) to act; both do the
     same to the same. Latents are normalised, those of the memory and those of the model alike, as
@@ -1093,7 +1096,9 @@ def retrace(args: Args, rollout: Rollout, value: Array, q: Array, ratio: Array) 
 
 
 def cmpo_weights(args: Args, advantages: Array) -> Array:
-    """Clipped MPO's target for N actions sampled from the prior (Hessel et al. 2021, section 4), (..., N).
+    """Clipped MPO's target for N actions sampled from the prior, float (..., N).
+
+    Hessel et al. 2021, section 4:
 
     pi_CMPO(a|s) = pi_prior(a|s) exp(clip(adv(s, a), -c, c)) / z(s)
     w_k = exp(clip(adv_k, -c, c)) / z_k,    z_k = (1 + sum_{i != k} exp(clip(adv_i, -c, c))) / N
@@ -1456,7 +1461,9 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
 
 
 def placement(setup: Setup) -> Runner:
-    """Where a Runner's leaves lie: parameters and keys on every device, the slots spread over the devices."""
+    """Where a Runner's leaves lie: parameters and keys on every device, the slots spread over the
+    devices.
+    """
     everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
     over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
     return Runner(
@@ -1480,7 +1487,10 @@ def init_runners(setup: Setup) -> Runner:
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
-    """``update`` of every seed as one compiled call; each metric comes back as (S,), or as a Mean of two such."""
+    """``update`` of every seed as one compiled call.
+
+    Each metric comes back as (S,), or as a Mean of two such.
+    """
     function = partial(for_each_seed, setup.args, partial(update, setup))
     out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)

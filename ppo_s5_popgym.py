@@ -1,13 +1,15 @@
 """Recurrent PPO with resettable S5 layers on POPGym, in one file.
 
-Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement Learning", 4.2.
+Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement
+Learning", 4.2.
 
     python ppo_s5_popgym.py --env RepeatHard                 # two minutes on 2 CPU cores
     python ppo_s5_popgym.py --env RepeatHard --preset paper  # the paper's table, for a GPU
 
-Shapes: T time, B environments, O observation features, A actions (or action dimensions), H model width, P complex
-states of an S5 layer, S seeds; time comes first, (T, B, ...). start is 1 where an observation opens an episode.
-Departures from the paper are marked "Deviation" and listed in README.md.
+Shapes: T time, B environments, O observation features, A actions (or action dimensions), H model
+width, P complex states of an S5 layer, S seeds; time comes first, (T, B, ...). start is 1 where an
+observation opens an episode. Departures from the paper are marked "Deviation" and listed in
+README.md.
 """
 
 from __future__ import annotations
@@ -251,7 +253,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # ---- 2. Environment and what the agent sees of it ------------------------------------------------
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
-    """Observation (B, O), previous action int (B,) or float (B, A), start flag (B,) -> float (B, O + A + 1).
+    """What the network reads, float (B, O + A + 1).
+
+    Of the observation (B, O), the previous action int (B,) or float (B, A), the start flag (B,).
 
     The action is one-hot if discrete. Where start is 1 there was none and its place is zero.
     """
@@ -301,8 +305,9 @@ class S5Layer(nn.Module):
     y_t = gelu(2 Re(C_tilde x_t) + D u_t)
     out = u + (W1 y) * sigmoid(W2 y)
 
-    The parameters are real; complex ones hold their real parts, then their imaginary parts: B_tilde (H, 2P),
-    C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,). The carry x is float (B, 2P).
+    The parameters are real; complex ones hold their real parts, then their imaginary parts:
+    B_tilde (H, 2P), C_tilde (2P, H); Lambda_re, Lambda_im, log_step (P,); D (H,).
+    The carry x is float (B, 2P).
     """
 
     args: Args
@@ -341,7 +346,8 @@ class S5Layer(nn.Module):
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
         P = self.args.s5_state
-        # Deviation: the real part stays negative; the released code lets training push modes into growth.
+        # Deviation: the real part stays negative; the released code lets training push modes into
+        # growth.
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         B_tilde = common.packed_to_complex(self.B_tilde).T
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
@@ -417,7 +423,8 @@ def dense_layers(widths: Sequence[int], gain: float) -> list:
 class ActorCritic(nn.Module):
     """Encoder, memory, policy and value decoders. Lu et al. 2023, appendix B.
 
-    ``scan`` reads a sequence (T, B, .) to learn, ``step`` one time step (B, .) to act; both do the same to the same.
+    ``scan`` reads a sequence (T, B, .) to learn, ``step`` one time step (B, .) to act; both do the
+    same to the same.
     """
 
     args: Args
@@ -445,7 +452,10 @@ class ActorCritic(nn.Module):
         return jnp.zeros_like(start) if self.args.arch == "s5-noreset" else start
 
     def scan(self, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
-        """obs (T, B, .), start (T, B). Returns the carry, the policy and the value of every step."""
+        """obs (T, B, .), start (T, B).
+
+        Returns the carry, the policy and the value of every step.
+        """
         T, B = start.shape
         x = self.encoder(obs.reshape(T * B, -1)).reshape(T, B, -1)
         new_carry = []
@@ -493,7 +503,10 @@ class RewardScale(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """All that changes during a run and is in a checkpoint; with a leading seed axis S outside of ``update``."""
+    """All that changes during a run and is in a checkpoint.
+
+    Outside of ``update`` with a leading seed axis S.
+    """
 
     params: Any
     opt_state: Any
@@ -549,7 +562,9 @@ def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) 
 
 
 def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: Array, returns: Array) -> tuple:
-    """PPO's clipped loss (Schulman et al. 2017) on whole sequences, replayed from the carry stored at their start.
+    """PPO's clipped loss (Schulman et al. 2017) on whole sequences.
+
+    They are replayed from the carry stored at their start.
 
     rho = pi(a|s) / pi_old(a|s)
     L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy
@@ -641,7 +656,10 @@ def init_runner(setup: Setup, key: Array) -> Runner:
 
 
 def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Array]:
-    """Act for T steps. Returns the runner moved on, the rollout and the value of what comes next, (B,)."""
+    """Act for T steps.
+
+    Returns the runner moved on, the rollout and the value of what comes next, (B,).
+    """
     args = setup.args
     network = setup.network
     kernels = network.apply(runner.params, method="kernels")
@@ -694,10 +712,10 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
 
 
 def scale_rewards(args: Args, scale: RewardScale, rollout: Rollout) -> tuple[Array, RewardScale]:
-    """Rewards divided by the root mean square of the discounted return, and the scale for the next rollout.
+    """Rewards divided by the root mean square of the discounted return, and the next scale.
 
-    The scale is that of the rollouts before, so it is frozen while one is collected and learnt from;
-    until one has paid, which begins the mean, it is the rollout's own.
+    The scale is that of the rollouts before, so it is frozen while one is collected and learnt
+    from; until one has paid, which begins the mean, it is the rollout's own.
     Deviation: the paper does not scale; rewards reach from 1/1024 to 1 between the tasks.
     """
     if not args.normalize_rewards:
@@ -788,7 +806,10 @@ def init_runners(setup: Setup) -> Runner:
 
 
 def compile_update(setup: Setup, runners: Runner) -> Any:
-    """``update`` of every seed as one compiled call; each metric comes back as (S,), or as a Mean of two such."""
+    """``update`` of every seed as one compiled call.
+
+    Each metric comes back as (S,), or as a Mean of two such.
+    """
     function = partial(for_each_seed, setup.args, partial(update, setup))
     out = (placement(setup), NamedSharding(setup.mesh, PartitionSpec()))
     return common.compile_ahead(function, runners, donate_argnums=0, out_shardings=out)
@@ -796,7 +817,10 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 def evaluate(setup: Setup, params: Any, key: Array) -> Array:
-    """Return of the first episode in each of ``eval_episodes`` environments, (E,), or of its K trials, (E, K)."""
+    """Return of the first episode in each of ``eval_episodes`` environments, float (E,).
+
+    With --eval-trials of its K trials, (E, K).
+    """
     envs = jnp.arange(setup.args.eval_episodes, dtype=jnp.int32)
     trials = getattr(setup.env_params, "num_trials", 0)
     setup = setup._replace(args=replace(setup.args, num_envs=len(envs), num_steps=1))
@@ -816,7 +840,10 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
 
 
 def print_evaluation(args: Args) -> None:
-    """Evaluate the newest checkpoint of --eval with a fixed key: mean, standard error and quantiles for each seed."""
+    """Evaluate the newest checkpoint of --eval with a fixed key.
+
+    Prints mean, standard error and quantiles for each seed.
+    """
     setup = make_setup(args)
     beside = read_trials(args, getattr(setup.env_params, "num_trials", 0))
     run = common.RunDirectory(args, setup.env.name, "ppo_s5_popgym")
@@ -837,7 +864,10 @@ def trials_table(run_dir: str, trials: int) -> Path:
 
 
 def read_trials(args: Args, trials: int) -> dict[str, np.ndarray]:
-    """The tables of trials of the runs of --eval-beside, by run, float (rows, 4). Raises UsageError."""
+    """The tables of trials of the runs of --eval-beside, by run, float (rows, 4).
+
+    Raises UsageError.
+    """
     found = {}
     for run_dir in args.eval_beside:
         table = trials_table(run_dir, trials)
@@ -853,7 +883,9 @@ def read_trials(args: Args, trials: int) -> dict[str, np.ndarray]:
 
 
 def save_trials(args: Args, returns: np.ndarray, beside: dict[str, np.ndarray]) -> Path:
-    """Write trials_K.csv and, with the runs beside it, trials_K.png into the run directory; the table's path.
+    """Write trials_K.csv and, with the runs beside it, trials_K.png into the run directory.
+
+    Returns the table's path.
 
     returns: of each trial, float (S, E, K).
     """
@@ -868,7 +900,10 @@ def save_trials(args: Args, returns: np.ndarray, beside: dict[str, np.ndarray]) 
 
 
 def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
-    """Mean return of each trial with its standard error, a line for each seed of each run (its table of trials)."""
+    """Mean return of each trial with its standard error, a line for each seed.
+
+    runs: the table of trials of each run.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run, table in runs.items():
@@ -883,7 +918,10 @@ def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
 
 # ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
-    """Train as the flags say, keep the run directory and return its summary. SystemExit after a signal, once saved."""
+    """Train as the flags say, keep the run directory and return its summary.
+
+    SystemExit after a signal, once saved.
+    """
     setup = make_setup(args)
     with common.RunDirectory(args, setup.env.name, "ppo_s5_popgym") as run:
         runners = run.restore(init_runners(setup))

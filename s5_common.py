@@ -1,5 +1,8 @@
-"""What the three scripts share and a reader may trust unread: state-space numerics, the memories that S5 is compared
-with, run plumbing. Shapes: T time, B environments, H model width, P complex states; time comes first, (T, B, ...)."""
+"""What the three scripts share and a reader may trust unread.
+
+State-space numerics, the memories that S5 is compared with, run plumbing. Shapes: T time, B
+environments, H model width, P complex states; time comes first, (T, B, ...).
+"""
 
 from __future__ import annotations
 
@@ -51,11 +54,15 @@ from tqdm import tqdm
 
 # ---- 1. State-space numerics ---------------------------------------------------------------------
 def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS. Gu et al. 2020, 2022; Smith et al. 2023, B.1.
+    """Eigenvalues and eigenvectors of the normal part of HiPPO-LegS.
 
-    With p_i = sqrt(i + 1/2), HiPPO-LegS is A_ij = -2 p_i p_j for i > j, -(i + 1) for i = j, else 0. A = S - p p^T, and
-    S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with Re(Lambda) = -1/2 and unitary V. Eigenvalues come in
-    conjugate pairs; the half with positive imaginary part is returned, since 2 Re(.) restores the other.
+    Gu et al. 2020, 2022; Smith et al. 2023, B.1.
+
+    With p_i = sqrt(i + 1/2), HiPPO-LegS is A_ij = -2 p_i p_j for i > j, -(i + 1) for i = j, else 0.
+    A = S - p p^T, and S + I/2 is skew-symmetric, so S = V diag(Lambda) V^H with Re(Lambda) = -1/2
+    and unitary V. Eigenvalues come in conjugate pairs; the half with positive imaginary part is
+    returned, since 2 Re(.) restores the other.
+
     n: real states, even. Returns Lambda complex128 (n/2,), V complex128 (n, n/2).
     """
     p = np.sqrt(np.arange(n) + 0.5)
@@ -65,9 +72,12 @@ def dplr_hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def discretize_zoh(Lambda: Array, B_tilde: Array, step: Array) -> tuple[Array, Array]:
-    """Zero-order hold: Lambda_bar = exp(Lambda step), B_bar = Lambda^-1 (Lambda_bar - I) B_tilde. Smith et al. 2023, 2.
+    """Zero-order hold: Lambda_bar = exp(Lambda step), B_bar = Lambda^-1 (Lambda_bar - I) B_tilde.
 
-    Lambda: complex (P,); B_tilde: complex (P, H); step: float (P,). Returns Lambda_bar (P,), B_bar (P, H).
+    Smith et al. 2023, 2.
+
+    Lambda: complex (P,); B_tilde: complex (P, H); step: float (P,). Returns Lambda_bar (P,), B_bar
+    (P, H).
     """
     Lambda_bar = jnp.exp(Lambda * step)
     return Lambda_bar, ((Lambda_bar - 1) / Lambda)[:, None] * B_tilde
@@ -79,10 +89,11 @@ def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array])
         a ⊕ b = (b_A a_A, b_A a_u + b_u, a_d)   if b_d = 0
         a ⊕ b = b                               if b_d = 1
 
-    An element (A, u, d) is what a stretch of steps does to the state, x -> A x + u, and whether it holds a reset; for
-    one step it is e_k = (A_bar, B_bar u_k, d_k), complex (..., P) twice and bool (..., 1). A reset forgets what came
-    before, so b alone is the answer where b holds one. Associative, as (a ⊕ b) ⊕ c and a ⊕ (b ⊕ c) agree: if c_d = 1
-    both are c; else if b_d = 1 both are b ⊕ c, which keeps b's flag; else both compose three maps and keep a's flag.
+    An element (A, u, d) is what a stretch of steps does to the state, x -> A x + u, and whether it
+    holds a reset; for one step it is e_k = (A_bar, B_bar u_k, d_k), complex (..., P) twice and bool
+    (..., 1). A reset forgets what came before, so b alone is the answer where b holds one.
+    Associative, as (a ⊕ b) ⊕ c and a ⊕ (b ⊕ c) agree: if c_d = 1 both are c; else if b_d = 1 both
+    are b ⊕ c, which keeps b's flag; else both compose three maps and keep a's flag.
 
     Five steps with A = 1/2 from state 0:   drive   8   4   2   6   1
                                             reset   0   0   0   1   0
@@ -97,8 +108,8 @@ def reset_operator(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array])
 
 # The fast path. A reset only multiplies the transition by zero, so no third element is carried:
 #     x_t = keep_t Lambda_bar x_{t-1} + B_bar u_t,      keep_t = 1 - start_t
-# A complex vector of P states travels packed, as 2P floats, the real parts and then the imaginary parts, so that
-# B_bar u and Re(C x) are single real matrix products.
+# A complex vector of P states travels packed, as 2P floats, the real parts and then the imaginary
+# parts, so that B_bar u and Re(C x) are single real matrix products.
 def complex_to_packed(z: Array) -> Array:
     """complex (..., P) -> float (..., 2P)."""
     return jnp.concatenate([z.real, z.imag], axis=-1)
@@ -110,8 +121,11 @@ def packed_to_complex(x: Array) -> Array:
 
 
 def recurrence_step(Lambda_bar: Array, x: Array, drive: Array, keep: Array) -> Array:
-    """keep Lambda_bar x + drive. Lambda_bar (2P,), x and drive (B, 2P), keep (B,). Returns (B, 2P).
-    The drive is added within each half because XLA's CPU back end then fuses the step into one loop."""
+    """keep Lambda_bar x + drive.
+
+    Lambda_bar (2P,), x and drive (B, 2P), keep (B,). Returns (B, 2P). The drive is added within
+    each half because XLA's CPU back end then fuses the step into one loop.
+    """
     P = Lambda_bar.shape[-1] // 2
     a_re = Lambda_bar[:P]
     a_im = Lambda_bar[P:]
@@ -147,8 +161,10 @@ def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
 
 def _scan(*operands, reverse=False):
     """The recurrence in the form that suits the platform it is lowered for.
-    A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan; on an accelerator
-    every iteration is a kernel launch, so there it is log2(T) parallel passes."""
+
+    A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan;
+    on an accelerator every iteration is a kernel launch, so there it is log2(T) parallel passes.
+    """
     sequential = partial(_scan_sequential, reverse)
     parallel = partial(_scan_parallel, reverse)
     return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
@@ -156,10 +172,15 @@ def _scan(*operands, reverse=False):
 
 @jax.custom_vjp
 def linear_recurrence(Lambda_bar: Array, drive: Array, keep: Array, carry: Array) -> Array:
-    """All states of x_t = keep_t Lambda_bar x_{t-1} + drive_t, equal to a scan with ``reset_operator``.
+    """All states of x_t = keep_t Lambda_bar x_{t-1} + drive_t.
 
-    Lambda_bar: float (2P,); drive: float (T, B, 2P); keep: float (T, B), 0 where an episode opens, else
-    1, not differentiated; carry: the state before step 0, float (B, 2P). Returns float (T, B, 2P).
+    Equal to a scan with ``reset_operator``.
+
+    Lambda_bar: float (2P,)
+    drive: float (T, B, 2P)
+    keep: 0 where an episode opens, else 1, float (T, B), not differentiated
+    carry: the state before step 0, float (B, 2P)
+    Returns float (T, B, 2P).
     """
     return _scan(Lambda_bar, drive, keep, carry)
 
@@ -197,11 +218,12 @@ linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 # ---- 2. The memories that S5 is compared with ----------------------------------------------------
-# All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed before it reads.
-#   initial_carry(batch)           -> carry       the environments B lead every leaf
-#   kernels()                      -> kernels     what step can reuse for as long as the parameters stay as they are
-#   scan(carry, x, start)          -> carry, y    learning: x and y (T, B, H), start float (T, B)
-#   step(kernels, carry, x, start) -> carry, y    acting:   x and y (B, H),    start float (B,)
+# All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed
+# before it reads.
+#   initial_carry(batch)           -> carry      the environments B lead every leaf
+#   kernels()                      -> kernels    what step can reuse while the parameters stay
+#   scan(carry, x, start)          -> carry, y   learning: x and y (T, B, H), start float (T, B)
+#   step(kernels, carry, x, start) -> carry, y   acting:   x and y (B, H),    start float (B,)
 class Memory(nn.Module):
     """Base of the memories that prepare nothing for ``step``, which here is a sequence of one."""
 
@@ -216,7 +238,10 @@ class Memory(nn.Module):
 
 
 class Memoryless(Memory):
-    """One dense layer in the place of the memory: the paper's MLP ("FC") baseline. It has no carry."""
+    """One dense layer in the place of the memory: the paper's MLP ("FC") baseline.
+
+    It has no carry.
+    """
 
     def initial_carry(self, batch: int) -> tuple:
         return ()
@@ -227,7 +252,10 @@ class Memoryless(Memory):
 
 
 class Recurrent(Memory):
-    """A recurrent cell of flax, GRU or LSTM. The carry is the cell's: float (B, H), for the LSTM two of them."""
+    """A recurrent cell of flax, GRU or LSTM.
+
+    The carry is the cell's: float (B, H), for the LSTM two of them.
+    """
 
     cell_class: type[nn.RNNCellBase]
 
@@ -250,10 +278,12 @@ class Recurrent(Memory):
 
 
 class Attention(Memory):
-    """Pre-norm transformer, rotary positions (Su et al. 2021). A step attends to the last W of its episode, itself too.
+    """Pre-norm transformer, rotary positions (Su et al. 2021).
 
-    Carry (cache, length): for each layer keys and values of the last W steps, float (B, W, H), oldest first; how many,
-    the newest, belong to the running episode, int32 (B,).
+    A step attends to the last W of its episode, itself too.
+
+    Carry (cache, length): for each layer keys and values of the last W steps, float (B, W, H),
+    oldest first; how many, the newest, belong to the running episode, int32 (B,).
     """
 
     layers: int
@@ -272,7 +302,10 @@ class Attention(Memory):
         return ((empty, empty),) * self.layers, jnp.zeros(batch, jnp.int32)
 
     def rotate(self, x: Array, position: Array) -> Array:
-        """x (B, L, H) split in heads (B, L, heads, .), its feature pairs turned in proportion to position (L,)."""
+        """x (B, L, H) split in heads (B, L, heads, .), turned by rotary positions.
+
+        Pairs of features turn in proportion to position (L,).
+        """
         a, b = jnp.split(x.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
         pairs = a.shape[-1]
         frequency = 10_000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
@@ -320,7 +353,10 @@ class RunError(RuntimeError):
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Exit code of a script's ``main``. Bad input is one line on stderr and 2, a run that cannot go on 1."""
+    """Exit code of a script's ``main``.
+
+    Bad input is one line on stderr and 2, a run that cannot go on 1.
+    """
     try:
         try:
             return main()
@@ -342,7 +378,8 @@ def warn(text: str) -> None:
 def parse_command_line(args_class: type, default: Any, argv: Sequence[str] | None) -> Any:
     """The command line over these default values, by tyro; its boxed complaints as one UsageError.
 
-    args_class: a dataclass whose bases are groups of flags; --help shows each under a heading of its own.
+    args_class: a dataclass whose bases are groups of flags; --help shows each under a heading of
+    its own.
     """
     groups = []
     for group in args_class.__mro__:
@@ -368,8 +405,9 @@ def parse_command_line(args_class: type, default: Any, argv: Sequence[str] | Non
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """The command line as an ``args_class``: a preset's values, then the explicit flags, which win.
 
-    With --resume or --eval that run's flags come first; UsageError where a flag contradicts them, but for those of
-    evaluation and those that say where it runs: the number of devices and processes is not part of what a run is.
+    With --resume or --eval that run's flags come first; UsageError where a flag contradicts them,
+    but for those of evaluation and those that say where it runs: the number of devices and
+    processes is not part of what a run is.
     """
     first = parse_command_line(args_class, args_class(), argv)
     if first.resume and first.eval:
@@ -455,7 +493,10 @@ def check_args(
 
 
 def check_new_directory(path: Path) -> None:
-    """UsageError if a run cannot make this directory: a name too long, one that exists, a place not to be written."""
+    """UsageError if a run cannot make this directory.
+
+    A name too long, one that exists, a place not to be written.
+    """
     if any(len(os.fsencode(part)) > 240 for part in path.parts) or len(os.fsencode(path.absolute())) > 3000:
         raise UsageError(f"--run-dir {path}: is too long a name; choose a shorter one")
     if path.exists():
@@ -469,7 +510,10 @@ def check_new_directory(path: Path) -> None:
 
 # ---- 4. Compilation and placement ----------------------------------------------------------------
 def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callable:
-    """``jax.jit(function, **options)``, compiled for these arguments; as it is where JAX_DISABLE_JIT asks for that."""
+    """``jax.jit(function, **options)``, compiled for these arguments.
+
+    The function as it is where JAX_DISABLE_JIT asks for that.
+    """
     jitted = jax.jit(function, **options)
     jit_is_off = jax.config.jax_disable_jit  # type: ignore[attr-defined]
     return jitted if jit_is_off else jitted.lower(*arguments).compile()
@@ -478,17 +522,21 @@ def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callab
 def linear_decay(start: float, steps: int) -> Callable[[Array], Array]:
     """A schedule for optax that falls from start to 0 over this many gradient steps.
 
-    optax.linear_schedule compares the count, int32, with the number of steps, which may be too large for that.
+    optax.linear_schedule compares the count, int32, with the number of steps, which may be too
+    large for that.
     """
     return lambda count: start * jnp.maximum(0.0, 1.0 - count.astype(jnp.float32) / float(steps))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def bounded(x: Array, low: float, high: float) -> Array:
-    """x within [low, high], for parameters and outputs that learn: the gradient can lead back from outside.
+    """x within [low, high], for parameters and outputs that learn.
 
-    A clip has no gradient out there, so that a value which momentum carries over the edge stays where it is for the
-    rest of the run. Here dL/dx = dL/dy, but 0 at and beyond a bound if descent would lead further out.
+    The gradient can lead back from outside.
+
+    A clip has no gradient out there, so that a value which momentum carries over the edge stays
+    where it is for the rest of the run. Here dL/dx = dL/dy, but 0 at and beyond a bound if descent
+    would lead further out.
     """
     return jnp.clip(x, low, high)
 
@@ -502,7 +550,9 @@ bounded.defvjp(lambda x, low, high: (bounded(x, low, high), x), _bounded_backwar
 
 
 def join_cluster() -> None:
-    """jax.distributed from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the cluster says."""
+    """jax.distributed from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the
+    cluster says.
+    """
     jax.extend.backend.clear_backends()  # importing gymnax has started one
     count, index = (int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     jax.distributed.initialize(num_processes=count, process_id=index)
@@ -532,7 +582,10 @@ class Mean(NamedTuple):
 
 @contextlib.contextmanager
 def writing(path: Path, kept: str) -> Iterator[None]:
-    """Whatever stops the writing of a file, such as a full disk, as one RunError that also says what is kept."""
+    """Whatever stops the writing of a file, such as a full disk, as one RunError.
+
+    kept: what is not lost, in words.
+    """
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -548,8 +601,9 @@ def read_rows(
 ) -> tuple[list[dict[str, str]], int]:
     """The whole rows of a CSV table up to an update, and how many lines before its end are damaged.
 
-    A row is whole if its line ends, and if it has a field for each of the columns: a number or nothing, or anything
-    in those that are ``text``. The header's place is the first line; a damaged header counts as a damaged line.
+    A row is whole if its line ends, and if it has a field for each of the columns: a number or
+    nothing, or anything in those that are ``text``. The header's place is the first line; a damaged
+    header counts as a damaged line.
     """
     if not table.exists():
         return [], 0
@@ -578,11 +632,12 @@ def is_whole(row: dict[str, str], text: Collection[str]) -> bool:
 
 
 class Checkpoints:
-    """RUN/checkpoints/UPDATE: the newest two, of which the older one is for the case that the newer is damaged.
+    """RUN/checkpoints/UPDATE: the newest two, the older one in case the newer is damaged.
 
     state/       the arrays of the state by name, by orbax
-    about.json   the flags, what the run has measured so far, and types and shapes of the arrays
-    SHA256SUMS   of all these files, for `sha256sum -c`: neither JSON nor orbax notice every flipped bit
+    about.json   the flags, what the run has measured so far, types and shapes of the arrays
+    SHA256SUMS   of all these files, for `sha256sum -c`: neither JSON nor orbax notice every
+                 flipped bit
 
     A checkpoint gets its name when all is in it, so that one is whole or not there.
     """
@@ -611,7 +666,10 @@ class Checkpoints:
             multihost_utils.sync_global_devices("checkpoint done")
 
     def write(self, draft: Path, arrays: dict[str, Array], about: dict[str, Any]) -> None:
-        """All that a checkpoint holds. The processes of a distributed run write their parts of the arrays together."""
+        """All that a checkpoint holds.
+
+        The processes of a distributed run write their parts of the arrays together.
+        """
         if self.writes:
             for left_behind in self.path.glob("*.draft"):
                 shutil.rmtree(left_behind)
@@ -627,7 +685,8 @@ class Checkpoints:
     def read_newest(self, like: Any) -> tuple[int, dict[str, Array], dict[str, Any]]:
         """Update, arrays spread over devices like those of ``like``, and ``about``.
 
-        Raises UsageError if it is damaged, and then offers the older one if that is whole; or if it has other arrays.
+        Raises UsageError if it is damaged, and then offers the older one if that is whole; or if it
+        has other arrays.
         """
         *older, newest = self.updates()
         folder = self.path / str(newest)
@@ -652,7 +711,10 @@ class Checkpoints:
 
 
 def stored(state: Any) -> dict[str, Array]:
-    """What a checkpoint holds: the arrays by name. orbax refuses those without elements, which simulators have."""
+    """What a checkpoint holds: the arrays by name.
+
+    orbax refuses those without elements, which simulators have.
+    """
     named = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in named if x.size}
 
@@ -689,8 +751,8 @@ def find_damage(checkpoint: Path) -> str:
 def without_litter() -> Iterator[None]:
     """One RunError says all where saving fails, as on a full disk.
 
-    orbax then leaves threads and tasks behind that fill stderr with tracebacks and warnings until the process has
-    ended: what they log, that their event loop is closed, that nobody awaits them.
+    orbax then leaves threads and tasks behind that fill stderr with tracebacks and warnings until
+    the process has ended: what they log, that their event loop is closed, that nobody awaits them.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
@@ -714,8 +776,10 @@ def without_litter() -> Iterator[None]:
 
 
 class EventFile:
-    """TensorBoard events, by tensorboardX; each is written as it comes. tensorboardX's SummaryWriter writes in a
-    thread instead, whose errors reach nobody."""
+    """TensorBoard events, by tensorboardX; each is written as it comes.
+
+    tensorboardX's SummaryWriter writes in a thread instead, whose errors reach nobody.
+    """
 
     def __init__(self, path: Path, purge_step: int | None):
         self.writer = EventsWriter(str(path / "events"))
@@ -735,8 +799,8 @@ class EventFile:
 class MetricsLog:
     """RUN/metrics.csv, a row for each update and seed, and the same as TensorBoard events.
 
-    A resumed run's table equals that of a run which never stopped. Only a run's first process writes.
-    best and last: the largest and the newest mean return so far, by seed.
+    A resumed run's table equals that of a run which never stopped. Only a run's first process
+    writes. best and last: the largest and the newest mean return so far, by seed.
     """
 
     def __init__(self, path: Path, writes: bool, tracker: Any = None):
@@ -770,7 +834,10 @@ class MetricsLog:
             self.best[seed] = max(float(mean_return), self.best.get(seed, -math.inf))
 
     def add(self, row: dict[str, Any], steps_per_second: float | None) -> None:
-        """Append a row. Raises FloatingPointError if a loss or the gradient in it is not finite, and RunError."""
+        """Append a row.
+
+        Raises FloatingPointError if a loss or the gradient in it is not finite, and RunError.
+        """
         watched = [name for name in row if name.endswith("_loss") or name == "grad_norm"]
         wrong = [name for name in watched if not math.isfinite(row[name])]
         if wrong:
@@ -794,7 +861,10 @@ class MetricsLog:
                 self.tracker.log(shown, step=row["update"])
 
     def open(self, row: dict[str, Any]) -> None:
-        """A new table that begins with the rows from before the restored checkpoint takes the place of the old one."""
+        """A new table takes the place of the old one.
+
+        It begins with the rows from before the restored checkpoint.
+        """
         self.columns = list(row)
         self.file = (self.path / "metrics.tmp").open("w", newline="")
         self.rows = csv.DictWriter(self.file, self.columns, lineterminator="\n")
@@ -806,7 +876,10 @@ class MetricsLog:
 
 
 class Progress:
-    """A bar on a terminal, and elsewhere a plain line every few seconds. Counts the steps of all seeds."""
+    """A bar on a terminal, and elsewhere a plain line every few seconds.
+
+    Counts the steps of all seeds.
+    """
 
     def __init__(self, done: int, updates: int, steps: int):
         self.first = done + 1
@@ -841,9 +914,12 @@ class Progress:
 
 
 class RunDirectory:
-    """A run on disk: args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary; and its progress.
+    """A run on disk, and its progress.
 
-    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second stops at once.
+    args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary.
+
+    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second
+    stops at once.
     """
 
     def __init__(self, args: Any, env: str, script: str):
@@ -908,7 +984,10 @@ class RunDirectory:
         )
 
     def restore(self, like: Any) -> Any:
-        """The newest checkpoint's state; in a new run ``like``, of its shapes. Starts the clock. Raises UsageError."""
+        """The newest checkpoint's state; in a new run ``like``, of its shapes.
+
+        Starts the clock. Raises UsageError.
+        """
         self.began = time.perf_counter()
         if not self.checkpoints.updates():
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
@@ -936,10 +1015,12 @@ class RunDirectory:
         self.progress = Progress(self.done, updates, steps * len(self.seeds))
 
     def update(self, state: Any, metrics: dict[str, Any]) -> None:
-        """An update is done: log its metrics, arrays (S,) or a Mean of two, show progress, and save when due, at the
-        end and on a stop.
+        """An update is done: log its metrics, show progress, and save when due.
 
-        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is from before it.
+        metrics: arrays (S,) or a Mean of two. Saving is due at the end and on a stop, too.
+
+        Raises FloatingPointError if a loss or the gradient is not finite; the newest checkpoint is
+        from before it.
         """
         metrics = jax.tree.map(np.asarray, metrics)
         self.done += 1
@@ -955,7 +1036,10 @@ class RunDirectory:
             self.save(state)
 
     def finish(self, **measured: Any) -> dict[str, Any]:
-        """Write summary.json and learning_curve.png, and return the former. After a stop raises SystemExit instead."""
+        """Write summary.json and learning_curve.png, and return the former.
+
+        After a stop raises SystemExit instead.
+        """
         if self.stop:
             print(f"stopped; go on with: {self.resume_command()}")
             raise SystemExit(128 + self.stop[0])
@@ -1009,7 +1093,10 @@ def value_of(metric: Any, seed: int) -> float | None:
 
 
 def draw(plot: Callable, runs: dict[str, Any], picture: Path) -> None:
-    """``plot(runs, picture)``, names drawn as they are: a $ is no mathematics. A failure is a warning, not an error."""
+    """``plot(runs, picture)``, names drawn as they are: a $ is no mathematics.
+
+    A failure is a warning, not an error.
+    """
     try:
         with rc_context({"text.parse_math": False}):
             plot(runs, picture)
@@ -1018,7 +1105,10 @@ def draw(plot: Callable, runs: dict[str, Any], picture: Path) -> None:
 
 
 def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Mean episodic return against environment steps, a line for each seed of each run (its rows of metrics.csv)."""
+    """Mean episodic return against environment steps, a line for each seed of each run.
+
+    runs: the rows of each run's metrics.csv.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, rows in runs.items():
