@@ -85,6 +85,9 @@ class EnvironmentFlags:
     obs_scale: float = 1.0
     """observations are multiplied by this before the network reads them"""
 
+    obs_change: float = 0.0
+    """the network also reads an observation's change since the last step, times this; 0: not"""
+
     normalize_rewards: bool = True
     """divide rewards by the running root mean square of the discounted return"""
 
@@ -117,6 +120,9 @@ class LearnerFlags:
     gae_lambda: float = 0.85
     """lambda of generalised advantage estimation"""
 
+    trial_discount: float = 1.0
+    """discount of what follows a failed trial, of an environment that has trials"""
+
     clip_coef: float = 0.2
     """PPO's clipping range, of the probability ratio and of the value's change"""
 
@@ -125,6 +131,9 @@ class LearnerFlags:
 
     vf_coef: float = 1.0
     """weight of the value loss"""
+
+    aux_coef: float = 0.0
+    """weight of the identification loss; privileged: in training it tells what is hidden"""
 
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
@@ -143,6 +152,12 @@ class MemoryFlags:
 
     decoder_layers: tuple[int, ...] = (128,)
     """hidden widths of the policy's and of the value's decoder"""
+
+    readout: Literal["plain", "multiplicative"] = "plain"
+    """what the decoders read: the memory's output, or also its products with the input"""
+
+    readout_size: int = 16
+    """products of the multiplicative readout"""
 
     s5_layers: int = 2
     """layers of S5, or of attention"""
@@ -209,8 +224,18 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
 
     def check(self) -> None:
         """Raise UsageError for values that cannot work."""
-        zero = ("seed", "ent_coef", "vf_coef", "gamma", "gae_lambda", "eval_trials")
-        common.check_args(self, zero, at_most={"gamma": 1, "gae_lambda": 1})
+        zero = (
+            "seed",
+            "obs_change",
+            "ent_coef",
+            "vf_coef",
+            "aux_coef",
+            "gamma",
+            "gae_lambda",
+            "trial_discount",
+            "eval_trials",
+        )
+        common.check_args(self, zero, at_most={"gamma": 1, "gae_lambda": 1, "trial_discount": 1})
         if self.num_envs % (self.num_minibatches * self.num_devices):
             parts = f"--num-minibatches {self.num_minibatches} x --num-devices {self.num_devices}"
             raise common.UsageError(f"--num-envs {self.num_envs}: must be a multiple of {parts}")
@@ -223,12 +248,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "meta": {
         "preset": "meta",
-        "total_timesteps": 12_000_000,
-        "num_minibatches": 16,
-        "gamma": 0.998,
-        "gae_lambda": 0.95,
+        "total_timesteps": 14_000_000,
+        "num_steps": 1024,
+        "gae_lambda": 0.9,
+        "trial_discount": 0.5,
         "ent_coef": 0.01,
         "obs_scale": 8.0,
+        "obs_change": 10.0,
+        "readout": "multiplicative",
     },
     "paper": {
         "preset": "paper",
@@ -252,6 +279,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # ---- 2. Environment and what the agent sees of it ------------------------------------------------
+def with_change(args: Args, obs: Array, before: Array, opens: Array) -> Array:
+    """Observations (B, O), beside them their change since the one before (B, O), 0 where one opens.
+
+    opens: bool (B,), an episode or a trial begins with obs.
+    Deviation: with --obs-change only. Velocities then need no memory.
+    """
+    if not args.obs_change:
+        return obs
+    change = jnp.where(opens[:, None], 0.0, obs - before)
+    return jnp.concatenate([obs, args.obs_change * change], axis=-1)
+
+
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
     """What the network reads, float (B, O + A + 1).
 
@@ -265,35 +304,47 @@ def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: i
 
 
 def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
-    """Fresh episodes: observations float (B, O), times --obs-scale, and environment states."""
+    """Fresh episodes: what is seen, float (B, O), and environment states."""
+    args = setup.args
     keys = jax.random.split(key, batch)
     obs, state = jax.vmap(setup.env.reset_env, (0, None))(keys, setup.env_params)
-    return setup.args.obs_scale * obs, state
+    obs *= args.obs_scale
+    return with_change(args, obs, obs, jnp.ones(batch, bool)), state
 
 
 class EnvStep(NamedTuple):
     """What a step of all environments gives; every leaf is (B, ...)."""
 
-    next_obs: Array  # opens a new episode where one ended, times --obs-scale
-    final_obs: Array  # closes the old one there, times --obs-scale
+    next_obs: Array  # opens a new episode where one ended
+    final_obs: Array  # closes the old one there
     state: Any
     reward: Array
     terminated: Array
     truncated: Array
+    trial_failed: Array | None  # None where the environment has no trials
 
 
-def step_envs(setup: Setup, key: Array, state: Any, action: Array) -> EnvStep:
-    """Step all environments; where an episode ends, the next one begins."""
+def step_envs(setup: Setup, key: Array, state: Any, obs: Array, action: Array) -> EnvStep:
+    """Step all environments; where an episode ends, the next one begins.
+
+    obs (B, ...): what was seen before the step, at its beginning the observation itself.
+    """
+    args = setup.args
     keys = jax.random.split(key, len(action))
     step = jax.vmap(setup.env.step, (0, 0, 0, None))
     next_obs, state, reward, terminated, truncated, info = step(keys, state, action, setup.env_params)
+    next_obs *= args.obs_scale
+    final_obs = args.obs_scale * info["final_observation"]
+    before = obs[:, : next_obs.shape[-1]]
+    trial_ended = info.get("trial_ended", jnp.zeros_like(terminated))
     return EnvStep(
-        next_obs=setup.args.obs_scale * next_obs,
-        final_obs=setup.args.obs_scale * info["final_observation"],
+        next_obs=with_change(args, next_obs, before, terminated | truncated | trial_ended),
+        final_obs=with_change(args, final_obs, before, trial_ended),
         state=state,
         reward=reward,
         terminated=terminated,
         truncated=truncated,
+        trial_failed=info.get("trial_failed"),
     )
 
 
@@ -430,10 +481,16 @@ class ActorCritic(nn.Module):
     args: Args
     num_actions: int
     discrete: bool
+    num_inputs: int  # features F of the agent's input
+    num_hidden: int = 0  # K of what --aux-coef lets the learner see
 
     def setup(self):
         args = self.args
         head = partial(nn.Dense, kernel_init=orthogonal(0.01))
+        if args.readout == "multiplicative":
+            self.products = nn.Dense(args.readout_size * self.num_inputs)
+        if args.aux_coef:
+            self.identify = nn.Dense(self.num_hidden)
         self.encoder = nn.Sequential(dense_layers((*args.encoder_layers, args.s5_width), math.sqrt(2)))
         self.memory = make_memory(args)
         self.actor = nn.Sequential([*dense_layers(args.decoder_layers, 2.0), head(self.num_actions)])
@@ -456,15 +513,28 @@ class ActorCritic(nn.Module):
 
         Returns the carry, the policy and the value of every step.
         """
+        new_carry, h = self.remember(carry, obs, start)
+        policy, value = self.decode_all(h, obs)
+        return new_carry, policy, value
+
+    def remember(self, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
+        """The carry and the memory's output (T, B, H)."""
         T, B = start.shape
         x = self.encoder(obs.reshape(T * B, -1)).reshape(T, B, -1)
         new_carry = []
         for layer, layer_carry in zip(self.memory, carry, strict=True):
             layer_carry, x = layer.scan(layer_carry, x, self.resets(start))
             new_carry.append(layer_carry)
-        outputs = self.decode(x.reshape(T * B, -1))
-        policy, value = jax.tree.map(lambda y: y.reshape(T, B, *y.shape[1:]), outputs)
-        return new_carry, policy, value
+        return new_carry, x
+
+    def scan_and_identify(self, carry: list, obs: Array, start: Array) -> tuple[Policy, Array, Array]:
+        """To learn with --aux-coef: policy, value, and what the memory says is hidden, (T, B, K).
+
+        A linear reading of the memory's output. ``step``, which acts, has no part in it.
+        """
+        _, h = self.remember(carry, obs, start)
+        policy, value = self.decode_all(h, obs)
+        return policy, value, self.identify(h)
 
     def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Policy, Array]:
         """obs (B, .), start (B,)."""
@@ -473,11 +543,31 @@ class ActorCritic(nn.Module):
         for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
             layer_carry, x = layer.step(layer_kernels, layer_carry, x, self.resets(start))
             new_carry.append(layer_carry)
-        policy, value = self.decode(x)
+        policy, value = self.decode(x, obs)
         return new_carry, policy, value
 
-    def decode(self, x: Array) -> tuple[Policy, Array]:
-        """Policy and value (N,) of what the memory gives, (N, H)."""
+    def decode_all(self, h: Array, obs: Array) -> tuple[Policy, Array]:
+        """Policy and value (T, B) of the memory's output (T, B, H) and the input (T, B, F)."""
+        T, B, H = h.shape
+        outputs = self.decode(h.reshape(T * B, H), obs.reshape(T * B, -1))
+        return jax.tree.map(lambda y: y.reshape(T, B, *y.shape[1:]), outputs)
+
+    def multiply(self, h: Array, obs: Array) -> Array:
+        """The multiplicative readout: h, and W(h) f with W (M, F) linear in h, f the input, (N, H + M).
+
+        Under a random projection the right action depends on the product of what the memory knows
+        of the projection with what is seen now; a network that only adds the two has to build it.
+        Compare Beck et al. 2023, "Hypernetworks in Meta-Reinforcement Learning".
+        Deviation: with --readout multiplicative only.
+        """
+        W = self.products(h).reshape(len(h), self.args.readout_size, self.num_inputs)
+        z = jnp.sum(W * obs[:, None, :], axis=-1)  # a batched product of matrices is slow on a CPU
+        return jnp.concatenate([h, z], axis=-1)
+
+    def decode(self, x: Array, obs: Array) -> tuple[Policy, Array]:
+        """Policy and value (N,) of what the memory gives, (N, H), and the input, (N, F)."""
+        if self.args.readout == "multiplicative":
+            x = self.multiply(x, obs)
         mean = self.actor(x)
         log_std = None if self.discrete else jnp.broadcast_to(self.log_std, mean.shape)
         return Policy(mean=mean, log_std=log_std), self.critic(x)[..., 0]
@@ -532,6 +622,8 @@ class Rollout(NamedTuple):
     truncated: Array
     final_value: Array  # V(final observation) where truncated, else 0
     so_far: dict[str, Array]  # as in Runner, this step included
+    trial_failed: Array | None = None  # None where the environment has no trials
+    hidden: Array | None = None  # (T, B, K), what --aux-coef lets the learner see, else None
 
 
 # ---- 5. Advantages and loss ----------------------------------------------------------------------
@@ -539,23 +631,30 @@ def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) 
     """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
 
     V'_t    = 0 if terminated, V(final observation) if truncated, else V_{t+1}
-    delta_t = r_t + gamma V'_t - V_t
-    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1},    done = terminated or truncated
+    delta_t = r_t + gamma c_t V'_t - V_t
+    A_t     = delta_t + gamma lambda c_t (1 - done_t) A_{t+1},    done = terminated or truncated
 
     reward (T, B), scaled; last_value (B,). Returns advantages A and returns A + V, float (T, B).
+
+    Deviation: c_t is --trial-discount where step t failed a trial, else 1, as it always is in the
+    paper. Without it a failure costs only one trial at the far end of the meta-episode, of which
+    gamma leaves nothing, so that there is no reason to avoid one.
     """
     done = rollout.terminated | rollout.truncated
     terminated = rollout.terminated if args.bootstrap_truncated else done
+    trial_discount = jnp.ones_like(reward)
+    if rollout.trial_failed is not None:
+        trial_discount = jnp.where(rollout.trial_failed, args.trial_discount, trial_discount)
 
     def backward(later, step):
         advantage, next_value = later
-        reward, value, terminated, done, final_value = step
+        reward, c, value, terminated, done, final_value = step
         next_value = jnp.where(terminated, 0.0, jnp.where(done, final_value, next_value))
-        delta = reward + args.gamma * next_value - value
-        advantage = delta + args.gamma * args.gae_lambda * (1.0 - done) * advantage
+        delta = reward + args.gamma * c * next_value - value
+        advantage = delta + args.gamma * args.gae_lambda * c * (1.0 - done) * advantage
         return (advantage, value), advantage
 
-    steps = (reward, rollout.value, terminated, done, rollout.final_value)
+    steps = (reward, trial_discount, rollout.value, terminated, done, rollout.final_value)
     nothing_later = (jnp.zeros_like(last_value), last_value)
     _, advantages = lax.scan(backward, nothing_later, steps, reverse=True)
     return advantages, advantages + rollout.value
@@ -567,12 +666,21 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
     They are replayed from the carry stored at their start.
 
     rho = pi(a|s) / pi_old(a|s)
-    L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy
+    L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy + c_a L_a
     L_v = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
+    L_a = mean (K h - hidden)^2
+
+    Deviation: L_a, with --aux-coef only, teaches the memory's output h to hold what is hidden
+    (Humplik et al. 2019, "Meta reinforcement learning as task inference"). Privileged: it uses what
+    a simulator alone knows, in training alone.
     """
     args = setup.args
     eps = args.clip_coef
-    _, policy, value = setup.network.apply(params, carry, batch.obs, batch.start, method="scan")
+    apply = partial(setup.network.apply, params, carry, batch.obs, batch.start)
+    if args.aux_coef:
+        policy, value, identified = apply(method="scan_and_identify")
+    else:
+        _, policy, value = apply(method="scan")
     log_ratio = policy.log_prob(batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
 
@@ -598,6 +706,12 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
         "explained_variance": 1 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8),
         "ratio_error": jnp.max(jnp.abs(ratio - 1)),
     }
+
+    # identification
+    if args.aux_coef:
+        aux_loss = jnp.mean((identified - batch.hidden) ** 2)
+        loss += args.aux_coef * aux_loss
+        metrics["aux_loss"] = aux_loss
     return loss, metrics
 
 
@@ -612,11 +726,27 @@ def make_setup(args: Args) -> Setup:
         raise common.UsageError(f"--eval-trials {args.eval_trials}: must be 0, as {env.name} has no trials")
     if args.eval and args.eval_trials:
         env, env_params = popgym_jax.make(args.env, num_trials=args.eval_trials)
+    if args.trial_discount < 1 and not hasattr(env_params, "num_trials"):
+        flag = f"--trial-discount {args.trial_discount}"
+        raise common.UsageError(f"{flag}: must be 1, as {env.name} has no trials")
+    if args.aux_coef and not hasattr(env, "identifiable"):
+        flag = f"--aux-coef {args.aux_coef}"
+        raise common.UsageError(f"{flag}: must be 0, as {env.name} has nothing hidden to identify")
     if args.num_devices > jax.device_count():
         raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
     space = env.action_space(env_params)
     discrete = isinstance(space, spaces.Discrete)
-    network = ActorCritic(args, space.n if discrete else math.prod(space.shape), discrete)
+    num_actions = space.n if discrete else math.prod(space.shape)
+    key = jax.random.PRNGKey(0)
+    obs, state = jax.eval_shape(env.reset_env, key, env_params)
+    seen = 2 * obs.size if args.obs_change else obs.size
+    network = ActorCritic(
+        args=args,
+        num_actions=num_actions,
+        discrete=discrete,
+        num_inputs=seen + num_actions + 1,
+        num_hidden=jax.eval_shape(env.identifiable, state).size if args.aux_coef else 0,
+    )
     steps = args.num_updates * args.update_epochs * args.num_minibatches
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
@@ -641,7 +771,8 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     first_obs, env_state = reset_envs(setup, env_key, batch)
     obs = agent_input(first_obs, no_action, start, network.num_actions)
     carry = [layer.initial_carry(batch) for layer in make_memory(setup.args)]
-    params = network.init(params_key, carry, obs[None], start[None], method="scan")
+    method = "scan_and_identify" if setup.args.aux_coef else "scan"
+    params = network.init(params_key, carry, obs[None], start[None], method=method)
     return Runner(
         params=params,
         opt_state=setup.optimizer.init(params),
@@ -671,7 +802,8 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
         action_key, env_key = jax.random.split(key)
         carry, policy, value = act(runner.carry, runner.obs, runner.start)
         action = policy.sample(action_key)
-        env = step_envs(setup, env_key, runner.env_state, action)
+        hidden = jax.vmap(setup.env.identifiable)(runner.env_state) if args.aux_coef else None
+        env = step_envs(setup, env_key, runner.env_state, runner.obs, action)
 
         def value_of_final():  # read with the carry from before the reset; the carry stays as it is
             _, _, final_value = act(carry, as_input(env.final_obs, action, zeros), zeros)
@@ -694,6 +826,8 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
             truncated=env.truncated,
             final_value=lax.cond(cut_off, value_of_final, lambda: zeros),
             so_far=so_far,
+            trial_failed=env.trial_failed,
+            hidden=hidden,
         )
         start = (env.terminated | env.truncated).astype(jnp.float32)
         runner = runner._replace(

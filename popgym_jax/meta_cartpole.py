@@ -113,16 +113,35 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """A step of the trial, and the next trial where it ends: observation (6,), state, reward,
-        terminated, {}."""
+        terminated, info.
+
+        info["trial_ended"]: the next trial has begun, bool ()
+        info["trial_failed"]: by a fall, before the old one had its full length, bool ()
+        """
         key_step, key_start = prng.split(key, 2)
         played = self.env.step_env(key_step, state.play, action, params.trial)
         obs, play, reward, terminated, _ = played
-        ended = terminated | self.env.is_truncated(play, params.trial)
+        full_length = self.env.is_truncated(play, params.trial)
+        ended = terminated | full_length
+        info = {"trial_ended": ended, "trial_failed": terminated & ~full_length}
         begun = self._next_trial(key_start, state, params)
         obs, play = jax.tree.map(lambda new, old: jnp.where(ended, new, old), begun, (obs, play))
         state = state.replace(time=state.time + 1, trial=state.trial + ended, play=play)
         obs = jnp.concatenate([obs, jnp.stack([ended.astype(jnp.float32), reward])])
-        return obs, state, reward, self.is_terminated(state, params), {}
+        return obs, state, reward, self.is_terminated(state, params), info
+
+    def identifiable(self, state: EnvState) -> jax.Array:
+        """What an agent can find out of the projections: sign(M_a) M_o, float32 (8,).
+
+        CartPole looks the same in a mirror, (x, theta, push) -> -(x, theta, push), and -M_o is as
+        likely as M_o. So (M_o, swapped actions, s) and (-M_o, unswapped actions, -s) cannot be told
+        apart: neither M_o nor whether the actions are swapped can be known, but their product can.
+        For the same reason swapping the two actions makes the task no harder.
+
+        Privileged: for a learner in training, never for the agent that acts.
+        """
+        sign = 2.0 * state.play.M_a[0].astype(jnp.float32) - 1.0  # 1 where the actions are swapped
+        return sign * state.play.M_o.ravel()
 
     def _next_trial(
         self, key: jax.Array, state: EnvState, params: EnvParams

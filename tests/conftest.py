@@ -110,7 +110,7 @@ class Net:
 
     def __init__(self, arch: str, discrete: bool = True, num_actions: int = 3, **flags: Any):
         self.args = tiny_args(arch=arch, **{"s5_layers": 2} | flags)
-        self.module = ppo.ActorCritic(self.args, num_actions, discrete)
+        self.module = ppo.ActorCritic(self.args, num_actions, discrete, self.features)
         obs, start = random_sequence(0, 1, 2, self.features)
         init = fast_jit(partial(self.module.init, method="scan"))
         params = init(jax.random.PRNGKey(0), self.initial_carry(2), obs, start)
