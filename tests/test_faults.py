@@ -12,6 +12,7 @@ def assert_no_failure(count, cases):
     assert count.failures == [] and count.cases >= cases, count
 
 
+@pytest.mark.slow
 def test_any_damage_to_a_file_of_a_checkpoint_is_refused_or_does_no_harm(tmp_path):
     assert_no_failure(faults.try_damage(A2C, tmp_path, seed=1, step=10**6), cases=40)
 

@@ -82,6 +82,7 @@ def test_a2c_is_the_same_with_64_bits_on_every_task(env):
     assert_same_with_64_bits(a2c_updates, env=env, arch="mlp", chain_length=6, size=5)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_64_bits_has_the_same_metrics(tmp_path):
     """Checkpoints included: one of either kind is read by the other."""
     flags = tiny_flags(total_timesteps=512, env="PositionOnlyPendulumEasy")
@@ -120,6 +121,7 @@ def test_ppo_trains_under_nan_checks_and_without_jit(env, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 1
 
 
+@pytest.mark.slow
 def test_a2c_trains_under_nan_checks_and_without_jit(tmp_path):
     sizes = {"num_envs": 2, "num_episodes": 2, "num_rows": 1, "memory_length": 2, "num_steps": 2}
     with jax.debug_nans(True), jax.disable_jit():

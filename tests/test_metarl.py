@@ -332,7 +332,11 @@ def read(path):
 
 @pytest.mark.parametrize(
     ("suite", "tasks", "held_out"),
-    [("dmc", "PendulumSwingup", "PointMassHard"), ("brax", "inverted_pendulum", "fast")],
+    [
+        ("gymnax", "Pendulum-v1", "MountainCarContinuous-v0"),
+        pytest.param("dmc", "PendulumSwingup", "PointMassHard", marks=pytest.mark.slow),
+        pytest.param("brax", "inverted_pendulum", "fast", marks=pytest.mark.slow),
+    ],
 )
 def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path):
     flags = as_flags(**TINY, suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
@@ -513,9 +517,8 @@ def test_a_simulation_that_diverged_leaves_empty_fields(tmp_path, capsys):
 CAR = {"suite": "gymnax", "tasks": "MountainCarContinuous-v0", "meta_steps": 10}  # the suite holds none out beside it
 
 
-@pytest.mark.parametrize(
-    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("lstm", "gru", "mlp"))]
-)
+@pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "mlp"])
+@pytest.mark.slow
 def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
     flags = as_flags(**TINY | CAR | {"arch": arch, "total_timesteps": 240, "eval_interval": 1})
     for name, variables in (("plain", {}), ("nan", {"JAX_DEBUG_NANS": "1"}), ("wide", {"JAX_ENABLE_X64": "1"})):
@@ -530,6 +533,7 @@ def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
                     assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-5, abs=1e-5), column
 
 
+@pytest.mark.slow
 def test_it_runs_without_compilation(tmp_path):
     own = {"arch": "mlp", "num_envs": 2, "num_steps": 2, "num_minibatches": 1, "muesli_samples": 1}
     flags = as_flags(**TINY | CAR | own | {"total_timesteps": 4})

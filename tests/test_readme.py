@@ -76,7 +76,13 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [command for command in found if "--sweep" not in command])
+def as_parameter(command):
+    """Benchmarks and what DeepMind Control's tasks take to compile are slow."""
+    slow = not command.startswith(("ppo_s5_popgym.py", "a2c_s5_bsuite.py"))
+    return pytest.param(command, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("command", [as_parameter(command) for command in found if "--sweep" not in command])
 def test_command_of_the_readme_runs(command, trained, tmp_path):
     """A later flag wins, so the small ones are appended; a run that is named is replaced by one that exists.
 

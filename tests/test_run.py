@@ -154,6 +154,7 @@ def row_count(run):
         return -1
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_equals_never_stopped(finished, tmp_path):
     """kill -9 as soon as the directory is there, at the first checkpoint, and twice between or in checkpoints."""
     run = tmp_path / "run"
@@ -715,7 +716,8 @@ def stopped_at(update, cwd, devices=1, **flags):
     finish(start_script(*words, update, cwd=cwd, program=("-c", STOPS), **variables), 143)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_evaluated_on_another_number_of_devices(before, after, finished, tmp_path):
     """Begun on two, gone on with on a machine that has one, and the other way round; close to a run on one."""
     stopped_at(5, tmp_path, run_dir="run", devices=before)
