@@ -67,7 +67,7 @@ def read(args: Args, arch: str, seed: int) -> tuple[dict[str, Any], np.ndarray, 
     trials = np.loadtxt(run_dir / f"trials_{args.eval_trials}.csv", delimiter=",", skiprows=1)[:, 2]
     row = {"env": summary["env"], "arch": arch, "seed": seed, "env_steps": summary["env_steps"]}
     row |= {"best_return": round(summary["best_return"], 4), "final_return": round(summary["final_return"], 4)}
-    for first, last in ((1, 1), (2, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32)):
+    for first, last in ((1, 1), (2, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 64)):
         if last <= len(trials):
             row[f"trials_{first}_{last}"] = round(float(trials[first - 1 : last].mean()), 4)
     row |= {"steps_per_second": round(summary["steps_per_second"]), "minutes": round(summary["run_seconds"] / 60, 2)}
