@@ -310,7 +310,8 @@ class Attention(Memory):
         pairs = a.shape[-1]
         frequency = 10_000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
         angle = position[:, None, None] * frequency
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos = jnp.cos(angle)
+        sin = jnp.sin(angle)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def scan(self, carry: tuple, x: Array, start: Array) -> tuple[tuple, Array]:
