@@ -1300,8 +1300,7 @@ def make_setup(args: Args) -> Setup:
     obs_size = args.obs_size if args.projection else largest_obs
     action_size = args.action_size if args.projection else largest_action
     steps = args.num_updates * args.update_epochs * args.num_minibatches
-    decaying = common.linear_decay(args.learning_rate, steps)
-    learning_rate = decaying if args.anneal_lr else args.learning_rate
+    learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(
         optax.clip_by_global_norm(args.max_grad_norm),
         optax.adam(learning_rate),
@@ -1461,8 +1460,9 @@ def for_each_seed(args: Args, function: Any, seeds: Any) -> Any:
 
 
 def placement(setup: Setup) -> Runner:
-    """Where a Runner's leaves lie: parameters and keys on every device, the slots spread over the
-    devices.
+    """Where a Runner's leaves lie.
+
+    Parameters and keys on every device, the slots spread over the devices.
     """
     everywhere: Any = NamedSharding(setup.mesh, PartitionSpec())
     over_envs: Any = NamedSharding(setup.mesh, PartitionSpec(None, "env"))
@@ -1690,12 +1690,12 @@ def plot_evaluations(runs: dict[str, list[dict[str, Any]]], picture: Path) -> No
         axes.set(title=task, xlabel="part of the meta-episode", ylabel="reward")
         for color, (label, rows) in enumerate(runs.items()):
             newest = int(rows[-1]["update"])
-            for row in rows:
-                if row["task"] == task and int(row["update"]) == newest:
-                    tenths = [row[f"reward_{n}"] for n in range(10)]
-                    curve = [float(x) if x != "" else math.nan for x in tenths]
-                    axes.plot(middles, curve, f"C{color}", linewidth=1, label=label.lstrip("_"))
-                    label = "_"  # one entry in the legend for all seeds
+            own = [row for row in rows if row["task"] == task and int(row["update"]) == newest]
+            for place_of_seed, row in enumerate(own):
+                tenths = [row[f"reward_{n}"] for n in range(10)]
+                curve = [float(x) if x != "" else math.nan for x in tenths]
+                name = "_" if place_of_seed else label.lstrip("_")  # one entry in the legend for all seeds
+                axes.plot(middles, curve, f"C{color}", linewidth=1, label=name)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 

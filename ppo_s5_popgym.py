@@ -722,11 +722,12 @@ def make_setup(args: Args) -> Setup:
         env, env_params = popgym_jax.make(args.env)
     except popgym_jax.UnknownEnvironmentError as error:
         raise common.UsageError(f"--env {args.env}: {error}") from None
-    if args.eval_trials and not hasattr(env_params, "num_trials"):
+    has_trials = hasattr(env_params, "num_trials")
+    if args.eval_trials and not has_trials:
         raise common.UsageError(f"--eval-trials {args.eval_trials}: must be 0, as {env.name} has no trials")
     if args.eval and args.eval_trials:
         env, env_params = popgym_jax.make(args.env, num_trials=args.eval_trials)
-    if args.trial_discount < 1 and not hasattr(env_params, "num_trials"):
+    if args.trial_discount < 1 and not has_trials:
         flag = f"--trial-discount {args.trial_discount}"
         raise common.UsageError(f"{flag}: must be 1, as {env.name} has no trials")
     if args.aux_coef and not hasattr(env, "identifiable"):
@@ -737,8 +738,7 @@ def make_setup(args: Args) -> Setup:
     space = env.action_space(env_params)
     discrete = isinstance(space, spaces.Discrete)
     num_actions = space.n if discrete else math.prod(space.shape)
-    key = jax.random.PRNGKey(0)
-    obs, state = jax.eval_shape(env.reset_env, key, env_params)
+    obs, state = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
     seen = 2 * obs.size if args.obs_change else obs.size
     network = ActorCritic(
         args=args,

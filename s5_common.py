@@ -551,8 +551,9 @@ bounded.defvjp(lambda x, low, high: (bounded(x, low, high), x), _bounded_backwar
 
 
 def join_cluster() -> None:
-    """jax.distributed from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the
-    cluster says.
+    """jax.distributed, as JAX's environment variables or the cluster say.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     jax.extend.backend.clear_backends()  # importing gymnax has started one
     count, index = (int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
