@@ -373,46 +373,6 @@ class Task(NamedTuple):
     step: Callable  # key, state, action -> obs, state, reward, terminated
 
 
-def point_mass_hard() -> Any:
-    """PointMass whose two actuators push into random directions, as dm_control defines it.
-
-    They are drawn anew in each episode, uniform on the circle; the second one is drawn again while
-    the cosine between them is above 0.9 in size.
-    """
-    import mujoco
-    from mujoco import mjx
-    from mujoco_playground._src.dm_control_suite.point_mass import PointMass
-
-    class PointMassHard(PointMass):
-        def __init__(self):
-            super().__init__(config_overrides={"impl": "jax"})
-            # The action is clipped already; a mixture of its parts may exceed the range of
-            # Playground's actuators.
-            self.mj_model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL
-            self._mjx_model = mjx.put_model(self.mj_model, impl="jax")
-
-        def reset(self, rng):
-            # PointMass.reset splits its key too, so it gets one of its own
-            own_key, turn_key = jax.random.split(rng)
-            state = super().reset(own_key)
-            turn = jax.random.uniform(turn_key, (3,), jnp.float32)
-            # Rejecting near-parallel pairs leaves the angle between them uniform over the two arcs
-            # that remain.
-            least = math.acos(0.9)
-            between = least + (math.pi - 2 * least) * turn[1] + math.pi * (turn[2] < 0.5)
-            angle = 2 * math.pi * turn[0] + jnp.array([0.0, 1.0], jnp.float32) * between
-            # a row for each actuator
-            state.info["directions"] = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
-            return state
-
-        def step(self, state, action):
-            after = super().step(state, action @ state.info["directions"])
-            reward = self._get_reward(after.data, action, after.info, after.metrics)
-            return after.replace(reward=reward)
-
-    return PointMassHard()
-
-
 def environments(args: Args) -> dict[str, Callable]:
     """What makes each environment of --suite, by name.
 
@@ -431,10 +391,14 @@ def environments(args: Args) -> dict[str, Callable]:
         return {name: partial(make, name) for name in envs._envs if name != "swimmer"}
     from mujoco_playground import dm_control_suite
 
+    import control_jax
+
     # by default the physics are Warp's, which needs a GPU
     load = partial(dm_control_suite.load, config_overrides={"impl": "jax"})
     makers: dict[str, Callable] = {name: partial(load, name) for name in dm_control_suite.ALL_ENVS}
-    makers["PointMassHard"] = point_mass_hard
+    # the paper's eleven are those that equal DeepMind's own
+    for name in control_jax.registered_envs:
+        makers[name] = partial(control_jax.make, name)
     return makers
 
 
@@ -463,8 +427,8 @@ def in_32_bits(function: Callable) -> Callable:
     return call
 
 
-def gymnax_task(name: str, env: Any, params: Any) -> Task:
-    """A task of gymnax's environment."""
+def gymnax_task(name: str, env: Any, params: Any, ends: bool) -> Task:
+    """A task of an environment with gymnax's interface. ends: whether it may terminate."""
     actions = env.action_space(params)
 
     def reset(key):
@@ -480,7 +444,7 @@ def gymnax_task(name: str, env: Any, params: Any) -> Task:
         action_size=math.prod(actions.shape),
         low=float(np.min(actions.low)),
         high=float(np.max(actions.high)),
-        ends=name != "Pendulum-v1",
+        ends=ends,
         reset=in_32_bits(reset),
         step=in_32_bits(step),
     )
@@ -489,7 +453,7 @@ def gymnax_task(name: str, env: Any, params: Any) -> Task:
 def mujoco_task(name: str, env: Any, ends: bool) -> Task:
     """A task of Playground's or Brax's environment, whose states hold their observations.
 
-    ends: whether done is a termination. DeepMind Control tasks never end: there done says that the
+    ends: whether done is a termination. Playground's tasks never end: there done says that the
     simulation is not finite, and such a step is not taken.
     """
 
@@ -525,10 +489,11 @@ def make_task(args: Args, name: str, flag: str) -> Task:
     """
     make = task_maker(args, name, flag)
     with jax.enable_x64(False):  # as in in_32_bits
-        env = make()
-    if args.suite == "gymnax":
-        return gymnax_task(name, *env)
-    return mujoco_task(name, env, ends=args.suite == "brax")
+        made = make()
+    if isinstance(made, tuple):
+        env, params = made
+        return gymnax_task(name, env, params, ends=name == "MountainCarContinuous-v0")
+    return mujoco_task(name, made, ends=args.suite == "brax")
 
 
 def names_in(flag: str) -> tuple[str, ...]:

@@ -169,6 +169,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--episodes", type=int, default=200, help="episodes an id in the lock step with popgym")
+    parser.addoption(
+        "--control-episodes", type=int, default=4, help="episodes a task in the comparison with dm_control"
+    )
+    parser.addoption("--control-report", help="append CSV rows of the comparison with dm_control to this file")
     parser.addoption("--lockstep-report", help="append a CSV row for each id and direction to this file")
 
 

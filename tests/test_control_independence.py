@@ -18,32 +18,26 @@ from test_muesli import first_runner, small_args, toy_setup
 import muesli_s5_metarl as muesli
 
 TASKS = [(suite, name) for suite, lists in muesli.SUITES.items() for names in lists for name in names]
-SHARED_KEYS = {  # in MuJoCo Playground's own resets
-    "BallInCup": "nothing of the start varies",
-    "CartpoleSwingup": "the slider's velocity is its position",
-    "CartpoleBalance": "the slider's velocity follows the pole's angle",
-    "FingerSpin": "the spinner's angle is a function of the first joint's",
-    "FingerTurnHard": "the spinner's angle is a function of the first joint's",
-    "FingerTurnEasy": "the spinner's angle is a function of the first joint's",
-}
 
 
 # ---- resets of the tasks ---------------------------------------------------------------------------------------------
 
 
 def drawn_by_reset(suite, name, state):
-    """What a reset draws, by name. The coordinates of a target, which come from one draw, have one name."""
+    """What a reset draws, by name; the parts of one draw have one name."""
     if suite == "gymnax":
         return {part: getattr(state, part) for part in ("theta", "theta_dot", "position") if hasattr(state, part)}
     if suite == "dmc":
-        position, velocity = state.data.qpos, state.data.qvel
-        drawn = {"target": state.data.mocap_pos, "directions": state.info.get("directions", jnp.zeros(0))}
+        position, velocity = state.physics.position, state.physics.velocity
+        drawn = {"hidden": state.hidden}
     else:
         position, velocity = state.pipeline_state.q, state.pipeline_state.qd
         drawn = {}
         if name == "reacher":  # its target is a pair of joints
             drawn["target"] = position[2:]
             position = position[:2]
+    if name in DRAWN_TOGETHER:
+        return drawn | {"position": position}
     drawn |= {f"position {i}": position[i] for i in range(len(position))}
     drawn |= {f"velocity {i}": velocity[i] for i in range(len(velocity))}
     return drawn
@@ -59,13 +53,13 @@ def correlated_starts(suite, name, task, draws=4_000):
     return correlated_pairs({part: values for part, values in columns.items() if values.size})
 
 
-LONG_TO_COMPILE = ("FingerTurnEasy", "ReacherHard", "reacher", "hopper")  # the first two are reset as their likes
+# drawn again until nothing touches: they depend on each other, as in dm_control (test_control_equality.py)
+DRAWN_TOGETHER = ("BallInCup", "FingerSpin", "FingerTurnHard", "FingerTurnEasy")
+LONG_TO_COMPILE = ("reacher", "hopper")
 
 
 def as_parameter(suite, name):
-    marks = [pytest.mark.xfail(strict=True, reason=SHARED_KEYS[name])] if name in SHARED_KEYS else []
-    if name in LONG_TO_COMPILE:
-        marks.append(pytest.mark.slow)
+    marks = [pytest.mark.slow] if name in LONG_TO_COMPILE else []
     return pytest.param(suite, name, marks=marks, id=name)
 
 
@@ -77,19 +71,19 @@ def test_positions_velocities_and_hidden_draws_of_a_reset_are_independent(suite,
 
 @pytest.mark.parametrize("draw", ["directions", "target"])
 def test_a_key_that_is_split_and_folded_into_is_found(draw):
-    """As PointMassHard once did it, and an angle whose cosine alone is kept."""
+    """As PointMassHard once did it here, and an angle whose cosine alone is kept."""
 
     def reset(key):
         place = jax.random.uniform(jax.random.split(key)[1], (2,), minval=-1.0, maxval=1.0)
         turn = jax.random.uniform(jax.random.fold_in(key, 1), (3,))
         target = jnp.cos(2 * jnp.pi * turn[:1]) if draw == "target" else jnp.zeros(0)
-        data = SimpleNamespace(qpos=place, qvel=jnp.zeros(2), mocap_pos=target)
-        return place, SimpleNamespace(data=data, info={"directions": turn} if draw == "directions" else {})
+        physics = SimpleNamespace(position=place, velocity=jnp.zeros(2))
+        return place, SimpleNamespace(physics=physics, hidden=turn if draw == "directions" else target)
 
     task = muesli.Task("planted", 2, 2, -1.0, 1.0, False, reset, None)
     pairs = correlated_starts("dmc", "planted", task)
-    assert {part.split("[")[0] for part in pairs[0][:2]} <= {draw, "position 0", "position 1"}
-    assert draw in f"{pairs[0][0]} {pairs[0][1]}" and abs(pairs[0][2]) > 0.9
+    assert {part.split("[")[0] for part in pairs[0][:2]} <= {"hidden", "position 0", "position 1"}
+    assert "hidden" in f"{pairs[0][0]} {pairs[0][1]}" and abs(pairs[0][2]) > 0.9
 
 
 # ---- the keys of a run -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, start_script
 from test_muesli import SMALL, first_runner, small_args, toy_setup, walk_step, walk_task
 
+import control_jax
 import muesli_s5_metarl as muesli
 import s5_common as common
 
@@ -204,27 +205,45 @@ def test_tasks_that_end_by_themselves_see_done_and_the_memory_goes_on(story):
 
 
 def test_point_mass_hard_pushes_into_directions_that_are_not_parallel():
-    env = muesli.point_mass_hard()
-    reset, step = fast_jit(jax.vmap(env.reset)), fast_jit(jax.vmap(env.step))
-    state = reset(jax.random.split(jax.random.PRNGKey(0), 500))
-    directions = np.asarray(state.info["directions"])  # (500, actuator, axis)
+    task = muesli.make_task(small_args(), "PointMassHard", "tasks")
+    reset, step = fast_jit(jax.vmap(task.reset)), fast_jit(jax.vmap(task.step, (None, 0, 0)))
+    _, state = reset(jax.random.split(jax.random.PRNGKey(0), 500))
+    directions = np.asarray(state.hidden).reshape(500, 2, 2)  # actuator, axis
     np.testing.assert_allclose(np.linalg.norm(directions, axis=2), 1.0, rtol=1e-5)
     cosine = np.einsum("bi,bi->b", directions[:, 0], directions[:, 1])
     assert np.abs(cosine).max() <= 0.9 + 1e-5 and np.abs(cosine).max() > 0.85 and abs(cosine.mean()) < 0.1
     assert np.abs(directions.mean(axis=0)).max() < 0.15
-    action = jnp.ones((500, 2))
-    moved = np.asarray(step(state, action).data.qvel - state.data.qvel)
+    inside = np.abs(state.physics.position).max(axis=1) < 0.28  # no wall pushes back
+    moved = np.asarray(step(None, state, jnp.ones((500, 2)))[1].physics.velocity)[inside]
     # gear 0.1, mass 0.3, damping 1, 0.02 s, damping implicit: the push is along the sum of both directions
-    push = directions.sum(axis=1)
-    np.testing.assert_allclose(moved, push * moved[0, 0] / push[0, 0], atol=2e-4)
+    push = directions.sum(axis=1)[inside]
+    np.testing.assert_allclose(moved, push * 0.02 * 0.1 / (0.3 + 0.02), rtol=1e-4, atol=1e-6)
 
 
-def test_control_tasks_are_playgrounds(monkeypatch):
+@pytest.mark.parametrize("name", ["FingerSpin", "PendulumSwingup"])
+def test_the_papers_tasks_are_those_of_control_jax(name):
     """Observation, reward and range of the task are those of the package's own environment, step by step."""
+    task = muesli.make_task(small_args(), name, "tasks")
+    env, params = control_jax.make(name)
+    obs, state = fast_jit(task.reset)(jax.random.PRNGKey(3))
+    _, own = fast_jit(env.reset_env)(jax.random.PRNGKey(3), params)
+    ours, theirs = fast_jit(task.step), fast_jit(env.step_env)
+    for t in range(5):
+        action = jnp.full(env.num_actions, 0.7 - 0.3 * t)
+        obs, state, reward, terminated = ours(None, state, action)
+        own_obs, own, own_reward, *_ = theirs(None, own, action, params)
+        np.testing.assert_allclose(obs, own_obs, atol=1e-6)
+        assert float(reward) == pytest.approx(float(own_reward)) and not terminated
+    assert (task.obs_size, task.action_size, task.low, task.high) == (len(obs), env.num_actions, -1.0, 1.0)
+
+
+@pytest.mark.slow
+def test_other_control_tasks_are_playgrounds():
+    """As above for a task that only MuJoCo Playground has."""
     from mujoco_playground import dm_control_suite
 
-    task = muesli.make_task(small_args(), "PendulumSwingup", "tasks")
-    env = dm_control_suite.load("PendulumSwingup", config_overrides={"impl": "jax"})
+    task = muesli.make_task(small_args(), "CartpoleSwingupSparse", "tasks")
+    env = dm_control_suite.load("CartpoleSwingupSparse", config_overrides={"impl": "jax"})
     obs, state = fast_jit(task.reset)(jax.random.PRNGKey(3))
     own = fast_jit(env.reset)(jax.random.PRNGKey(3))
     ours, theirs = fast_jit(task.step), fast_jit(env.step)
@@ -234,7 +253,7 @@ def test_control_tasks_are_playgrounds(monkeypatch):
         own = theirs(own, action)
         np.testing.assert_allclose(obs, own.obs, atol=1e-6)
         assert float(reward) == pytest.approx(float(own.reward)) and not terminated
-    assert (task.obs_size, task.action_size, task.low, task.high) == (3, 1, -1.0, 1.0)
+    assert (task.obs_size, task.action_size, task.low, task.high) == (5, 1, -1.0, 1.0)
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
