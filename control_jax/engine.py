@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
 from mujoco import mjx
 from mujoco.batch import Batch
 
@@ -87,34 +88,41 @@ def mjx_engine(model: mujoco.MjModel, substeps: int, solver: Solver) -> Callable
 def c_engine(model: mujoco.MjModel, substeps: int) -> Callable:
     """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later, by MuJoCo's own engine.
 
-    Numbers are 64 bits wide inside, 32 between the control steps.
+    Numbers are 64 bits wide inside, 32 between the control steps. The callback reads and writes XLA's own buffers:
+    some microseconds a call, where jax.pure_callback, which makes arrays of jax, takes some hundred.
+
     model: its only sensors are touch sensors
     """
     batches: dict[int, Batch] = {}  # by number of simulations
     one_at_a_time = threading.Lock()  # several devices may call at once
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def step_all(physics: Any, control: Any) -> Any:
-        """The numbers of Physics, arrays with the same leading axes."""
-        *leading, nu = control.shape
-        count = int(np.prod(leading))
+    def batch_of(count: int) -> Batch:
+        if count not in batches:
+            batches[count] = Batch(model, count, min(threads, count))
+            if model.nsensordata:
+                batches[count].bind("sensordata")  # or it would not be kept
+        return batches[count]
+
+    def step_all(_: Any, after: Any, physics: Any, control: Any) -> None:
+        """Fill the buffers of ``after``; leading axes are one batch."""
+        controls = np.asarray(control)
+        count = controls.size // model.nu
         with one_at_a_time:
-            if count not in batches:
-                batches[count] = Batch(model, count, min(threads, count))
-            batch = batches[count]
-            batch.qpos = np.reshape(physics.position, (count, model.nq))
-            batch.qvel = np.reshape(physics.velocity, (count, model.nv))
-            batch.qacc_warmstart = np.reshape(physics.warmstart, (count, model.nv))
-            batch.ctrl = np.reshape(control, (count, nu))
-            sensors = batch.sensordata if model.nsensordata else np.zeros((count, 0))
+            batch = batch_of(count)
+            batch.qpos = np.asarray(physics.position).reshape(count, model.nq)
+            batch.qvel = np.asarray(physics.velocity).reshape(count, model.nv)
+            batch.qacc_warmstart = np.asarray(physics.warmstart).reshape(count, model.nv)
+            batch.ctrl = controls.reshape(count, model.nu)
             batch.step(nstep=substeps)
-            found: Any = (batch.qpos, batch.qvel, batch.qacc_warmstart, sensors)
-            rows: Any = [np.array(x, np.float32).reshape(*leading, x.shape[-1]) for x in found]
-            return Physics(*rows)
+            np.asarray(after.position).reshape(count, model.nq)[:] = batch.qpos
+            np.asarray(after.velocity).reshape(count, model.nv)[:] = batch.qvel
+            np.asarray(after.warmstart).reshape(count, model.nv)[:] = batch.qacc_warmstart
+            if model.nsensordata:
+                np.asarray(after.sensors).reshape(count, model.nsensordata)[:] = batch.sensordata
 
     def step(physics: Physics, control: jax.Array) -> Physics:
-        """See c_engine."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), physics)
-        return jax.pure_callback(step_all, shapes, physics, control, vmap_method="broadcast_all")
+        return buffer_callback(step_all, shapes, vmap_method="broadcast_all")(physics, control)
 
     return step
