@@ -1,4 +1,4 @@
-"""Eleven tasks of the DeepMind Control Suite in JAX, proved equal to DeepMind's own: `env, params = make(name)`."""
+"""Eleven tasks of the DeepMind Control Suite in JAX, equal to dm_control: `make(name)`."""
 
 import difflib
 
@@ -31,7 +31,7 @@ def make(name: str, engine: str = "auto") -> tuple[Environment, EnvParams]:
     """Environment and default parameters by name, like gymnax.make.
 
     name: one of registered_envs
-    engine: "c" (MuJoCo's own, CPU only), "mjx" (any device) or "auto", the faster one
+    engine: one of ENGINES, or "auto": see Environment
 
     Raises ValueError for an unknown name or engine.
     """

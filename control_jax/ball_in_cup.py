@@ -13,7 +13,14 @@ CUP = (0.0, 0.6)  # where the cup's frame is at position 0, x and z, m
 BALL = (0.0, 0.2)  # where the ball is at position 0
 BALL_RADIUS = 0.025
 WALL_RADIUS = 0.008
-WALL = ((-0.05, 0.0), (-0.05, -0.075), (-0.025, -0.1), (0.025, -0.1), (0.05, -0.075), (0.05, 0.0))  # in the cup's frame
+WALL = (
+    (-0.05, 0.0),
+    (-0.05, -0.075),
+    (-0.025, -0.1),
+    (0.025, -0.1),
+    (0.05, -0.075),
+    (0.05, 0.0),
+)  # in the cup's frame
 INSIDE = (0.0, -0.05)  # centre of the square in which the ball is caught, in the cup's frame
 INSIDE_HALF = 0.05
 
@@ -66,7 +73,7 @@ class BallInCup(Environment):
     observation_size = 8
 
     def start(self, key: jax.Array) -> tuple[Physics, jax.Array]:
-        """Cup at rest; ball anywhere within x -0.2 to 0.2, z 0.2 to 0.5 above its zero, off the cup."""
+        """Cup at rest; ball at x within 0.2 of its zero and z 0.2 to 0.5 above, off the cup."""
 
         def draw(key):
             unit = jax.random.uniform(key, (2,), jnp.float32)
@@ -89,5 +96,7 @@ class BallInCup(Environment):
 def touches_cup(ball: jax.Array) -> jax.Array:
     """Whether a ball at positions (2,) touches a cup at its zero, bool ()."""
     in_cup_frame = ball + jnp.array(BALL, jnp.float32) - jnp.array(CUP, jnp.float32)
-    distances = [point_to_segment(in_cup_frame, jnp.array(a), jnp.array(b)) for a, b in pairwise(WALL)]
+    distances = [
+        point_to_segment(in_cup_frame, jnp.array(a), jnp.array(b)) for a, b in pairwise(WALL)
+    ]
     return jnp.stack(distances).min() <= BALL_RADIUS + WALL_RADIUS

@@ -14,7 +14,8 @@ NOTHING_HIDDEN = jnp.zeros(0, jnp.float32)
 class CartpoleSwingup(Environment):
     """Swing a pole up from below and keep it up (dm_control's cartpole, swingup).
 
-    Observation: slider's position, cosine and sine of the pole's angle, both velocities, float32 (5,).
+    Observation: slider's position, cosine and sine of the pole's angle, both velocities,
+        float32 (5,).
     Action: force on the cart, (1,), full scale 10 N.
     Reward: upright * small control * small velocity * centred, each in [0, 1] with a floor.
     Control step: 10 ms, one Runge-Kutta step.
@@ -59,7 +60,10 @@ class CartpoleSwingup(Environment):
 
 
 class CartpoleBalance(CartpoleSwingup):
-    """Keep a pole up that starts upright (dm_control's cartpole, balance); else as CartpoleSwingup."""
+    """Keep a pole up that starts upright (dm_control's cartpole, balance).
+
+    All else as in CartpoleSwingup.
+    """
 
     def start(self, key: jax.Array) -> tuple[Physics, jax.Array]:
         """Slider within 0.1 m, pole within 0.034 rad, velocities with noise of 0.01."""

@@ -1,8 +1,8 @@
 """MuJoCo's physics written out, for models of one or two joints whose bodies do not touch.
 
-What a general simulator does besides (trees of bodies, contacts, an iterative solver) is left out, so a step is a few
-dozen multiplications on any device. The equations are MuJoCo's, as its documentation states them ("Computation"), and
-the numbers come from the compiled model.
+What a general simulator does besides (trees of bodies, contacts, an iterative solver) is left out,
+so a step is a few dozen multiplications on any device. The equations are MuJoCo's, as its
+documentation states them ("Computation"), and the numbers come from the compiled model.
 
     M(q) a = f(q, v, control) + limit forces
     f = gear * control - damping * v + bias(q, v)
@@ -29,14 +29,15 @@ class Equations(NamedTuple):
 
 
 def closed_form_engine(model: mujoco.MjModel, substeps: int, equations: Equations) -> Callable:
-    """A function (physics, control (nu,)) -> physics, as make_engine's.
+    """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later.
 
     model: n joints, each with one motor at most; Euler or Runge-Kutta steps
     """
     h = float(model.opt.timestep)
     damping = jnp.asarray(model.dof_damping, jnp.float32)
     gear = np.zeros((model.nv, model.nu), np.float32)
-    gear[model.jnt_dofadr[model.actuator_trnid[:, 0]], np.arange(model.nu)] = model.actuator_gear[:, 0]
+    for motor in range(model.nu):
+        gear[model.actuator_trnid[motor, 0], motor] = model.actuator_gear[motor, 0]
     limit_force = joint_limits(model)
 
     def forces(q: jax.Array, v: jax.Array, control: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +48,10 @@ def closed_form_engine(model: mujoco.MjModel, substeps: int, equations: Equation
         return M, smooth + limit_force(q, v, inverse @ smooth, jnp.diagonal(inverse))
 
     def euler(q: jax.Array, v: jax.Array, control: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Semi-implicit, and implicit in the damping: v' = v + h (M + h damping)^-1 forces, q' = q + h v'."""
+        """Semi-implicit, and implicit in the damping.
+
+        v' = v + h (M + h damping)^-1 forces,    q' = q + h v'
+        """
         M, force = forces(q, v, control)
         v = v + h * (inverse_of(M + h * jnp.diag(damping)) @ force)
         return q + h * v, v
@@ -69,7 +73,8 @@ def closed_form_engine(model: mujoco.MjModel, substeps: int, equations: Equation
     integrate = runge_kutta if model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4 else euler
 
     def step(physics: Physics, control: jax.Array) -> Physics:
-        q, v = physics.position, physics.velocity
+        q = physics.position
+        v = physics.velocity
         for _ in range(substeps):
             q, v = integrate(q, v, control)
         return physics._replace(position=q, velocity=v)
@@ -87,20 +92,24 @@ def joint_limits(model: mujoco.MjModel) -> Callable:
         a* = -b w - k d(r) r,    d = d(r), the impedance, from 0.9 to 0.95 by default
         force = max(0, (a* - a) / (A + R)),    A = diagonal of M^-1,    R = (1 - d) / d * A at q = 0
 
-    This is the solver's exact answer where at most one joint is at its limit, or where M is diagonal.
+    This is the solver's exact answer where at most one joint is at its limit, or M is diagonal.
     """
     limited = jnp.asarray(model.jnt_limited, bool)
     low = jnp.asarray(model.jnt_range[:, 0], jnp.float32)
     high = jnp.asarray(model.jnt_range[:, 1], jnp.float32)
-    least, most, width, middle, power = (jnp.asarray(column, jnp.float32) for column in model.jnt_solimp.T)
+    least, most, width, middle, power = (
+        jnp.asarray(column, jnp.float32) for column in model.jnt_solimp.T
+    )
     time_constant = np.maximum(model.jnt_solref[:, 0], 2 * model.opt.timestep)
     damping_ratio = model.jnt_solref[:, 1]
-    stiffness = jnp.asarray(1.0 / (model.jnt_solimp[:, 1] * time_constant * damping_ratio) ** 2, jnp.float32)
+    stiffness = jnp.asarray(
+        1.0 / (model.jnt_solimp[:, 1] * time_constant * damping_ratio) ** 2, jnp.float32
+    )
     damping = jnp.asarray(2.0 / (model.jnt_solimp[:, 1] * time_constant), jnp.float32)
     inverse_weight = jnp.asarray(model.dof_invweight0, jnp.float32)
 
     def impedance(r: jax.Array) -> jax.Array:
-        """From `least` at the limit to `most` at `width` beyond it, along two branches of a power that meet."""
+        """From `least` at the limit to `most` at `width` beyond it, along two powers that meet."""
         x = jnp.clip(jnp.abs(r) / width, 0.0, 1.0)
         rising = x**power / middle ** (power - 1)
         settling = 1.0 - (1.0 - x) ** power / (1.0 - middle) ** (power - 1)
@@ -127,17 +136,19 @@ def inverse_of(M: jax.Array) -> jax.Array:
 
 
 def arm_equations(model: mujoco.MjModel) -> Equations:
-    """Two links in a horizontal plane (the reacher): the second link turns about a point of the first.
+    """Two links in a horizontal plane: the second one turns about a point of the first.
 
         M_22 = J_2,    M_12 = J_2 + h cos(q_2),    M_11 = J_1 + J_2 + m_2 l^2 + 2 h cos(q_2)
 
-    J: moments of inertia about a link's own joint; h = m_2 c_2 l with the second link's mass m_2 and
-    its centre of mass at c_2; l: distance of the joints.
+    J: moments of inertia about a link's own joint; l: distance of the joints; h = m_2 c_2 l with
+    the second link's mass m_2 and its centre of mass at c_2.
     """
     first = model.jnt_bodyid[0]
     second = model.jnt_bodyid[1]
     length = float(model.body_pos[second, 0])
-    of_second = [body for body in range(model.nbody) if body >= second]  # the bodies after it are fixed to it
+    of_second = [
+        body for body in range(model.nbody) if body >= second
+    ]  # the bodies after it are fixed to it
     places = {body: model.body_ipos[body, 0] for body in of_second}
     for body in of_second:
         if body != second:
@@ -160,7 +171,7 @@ def arm_equations(model: mujoco.MjModel) -> Equations:
 
 
 def vertical_inertia(model: mujoco.MjModel, body: int, place: float) -> float:
-    """Moment of inertia of a body about a vertical axis, `place` away from its centre of mass, kg m^2."""
+    """Moment of inertia about a vertical axis `place` away from a body's centre of mass, kg m^2."""
     turn = np.zeros(9)
     mujoco.mju_quat2Mat(turn, model.body_iquat[body])
     axes = turn.reshape(3, 3)

@@ -1,8 +1,9 @@
 """MuJoCo's physics for one model, as a function that jax can jit and vmap, in two engines.
 
-"mjx" is MuJoCo XLA: the physics are a part of the compiled program, on any device. "c" is MuJoCo's own engine in C,
-called from the program: many simulations at once on a pool of threads, on the CPU only. Both start from the same few
-numbers and give back the same few, so that an environment's state is small and does not know its engine.
+"mjx" is MuJoCo XLA: the physics are a part of the compiled program, on any device. "c" is MuJoCo's
+own engine in C, called from the program: many simulations at once on a pool of threads, on the CPU
+only. Both start from the same few numbers and give back the same few, so that an environment's
+state is small and does not know its engine. A third one is in closed_form.py.
 """
 
 import os
@@ -43,8 +44,10 @@ class Solver(NamedTuple):
     line_search: int
 
 
-def at_rest(model: mujoco.MjModel, position: jax.Array, velocity: jax.Array | None = None) -> Physics:
-    """The beginning of an episode: nothing is touched yet. position (nq,), velocity (nv,), by default 0."""
+def at_rest(
+    model: mujoco.MjModel, position: jax.Array, velocity: jax.Array | None = None
+) -> Physics:
+    """The beginning of an episode, before anything is touched. position (nq,), velocity (nv,)."""
     zeros = jnp.zeros(model.nv, jnp.float32)
     return Physics(
         position=position.astype(jnp.float32),
@@ -55,7 +58,7 @@ def at_rest(model: mujoco.MjModel, position: jax.Array, velocity: jax.Array | No
 
 
 def mjx_engine(model: mujoco.MjModel, substeps: int, solver: Solver) -> Callable:
-    """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later, by MuJoCo XLA.
+    """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later, by MJX.
 
     model: its only sensors are touch sensors
     """
@@ -86,16 +89,19 @@ def mjx_engine(model: mujoco.MjModel, substeps: int, solver: Solver) -> Callable
 
 
 def c_engine(model: mujoco.MjModel, substeps: int) -> Callable:
-    """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later, by MuJoCo's own engine.
+    """A function (physics, control (nu,)) -> physics, `substeps` simulation steps later, in C.
 
-    Numbers are 64 bits wide inside, 32 between the control steps. The callback reads and writes XLA's own buffers:
-    some microseconds a call, where jax.pure_callback, which makes arrays of jax, takes some hundred.
+    Numbers are 64 bits wide inside, 32 between the control steps. The callback reads and writes
+    XLA's own buffers, which takes microseconds; jax.pure_callback, which makes arrays of jax, takes
+    a hundred and more.
 
     model: its only sensors are touch sensors
     """
     batches: dict[int, Batch] = {}  # by number of simulations
     one_at_a_time = threading.Lock()  # several devices may call at once
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
     def batch_of(count: int) -> Batch:
         if count not in batches:

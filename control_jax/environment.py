@@ -55,8 +55,11 @@ class Environment(environment.Environment[EnvState, EnvParams]):
     observation_size: int
 
     def __init__(self, engine: str = "auto"):
-        """engine: one of ENGINES, or "auto": the closed form where there is one, else C on a CPU and
-        MJX on accelerators. Raises ValueError for an unknown engine, or one that the task lacks."""
+        """engine: one of ENGINES, or "auto": the closed form where there is one, else C on a CPU
+        and MJX on accelerators.
+
+        Raises ValueError for an unknown engine, or one that the task lacks.
+        """
         self.model = mujoco.MjModel.from_xml_string(self.model_xml)
         # a simulation that diverges is to be seen by step_env
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
@@ -136,7 +139,7 @@ class Environment(environment.Environment[EnvState, EnvParams]):
 
 
 def uniform_positions(model: mujoco.MjModel, key: jax.Array) -> jax.Array:
-    """Every joint anywhere in its limits, or a hinge without limits anywhere on the circle, (nq,)."""
+    """Every joint anywhere in its limits; a hinge without limits anywhere on the circle, (nq,)."""
     limited = model.jnt_limited.astype(bool)
     low = np.where(limited, model.jnt_range[:, 0], -np.pi)
     high = np.where(limited, model.jnt_range[:, 1], np.pi)

@@ -82,7 +82,7 @@ class Finger(Environment):
         return at_rest(self.model, position)
 
     def see_spinner(self, physics: Physics) -> jax.Array:
-        """Angles of the two joints, tip of the spinner from its hinge (2,), velocities (3,), touch (2,)."""
+        """Joints (2,), the spinner's tip from its hinge (2,), velocities (3,), touch (2,)."""
         joints = physics.position[:2]
         tip = tip_position(physics.position[2])
         return jnp.concatenate([joints, tip, physics.velocity, jnp.log1p(physics.sensors)])

@@ -16,7 +16,8 @@ class ReacherEasy(Environment):
     """Bring the finger into a target of 5 cm radius (dm_control's reacher, easy).
 
     Hidden: the target's place, x and y, m.
-    Observation: angles of shoulder and wrist, vector from finger to target (2,), both velocities, float32 (6,).
+    Observation: angles of shoulder and wrist, vector from finger to target (2,), both velocities,
+        float32 (6,).
     Action: torques of shoulder and wrist, (2,), full scale 0.05 N m.
     Reward: 1 while finger and target touch, else 0.
     Control step: 20 ms, one Euler step.
