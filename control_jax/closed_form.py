@@ -97,15 +97,11 @@ def joint_limits(model: mujoco.MjModel) -> Callable:
     limited = jnp.asarray(model.jnt_limited, bool)
     low = jnp.asarray(model.jnt_range[:, 0], jnp.float32)
     high = jnp.asarray(model.jnt_range[:, 1], jnp.float32)
-    least, most, width, middle, power = (
-        jnp.asarray(column, jnp.float32) for column in model.jnt_solimp.T
-    )
-    time_constant = np.maximum(model.jnt_solref[:, 0], 2 * model.opt.timestep)
-    damping_ratio = model.jnt_solref[:, 1]
-    stiffness = jnp.asarray(
-        1.0 / (model.jnt_solimp[:, 1] * time_constant * damping_ratio) ** 2, jnp.float32
-    )
-    damping = jnp.asarray(2.0 / (model.jnt_solimp[:, 1] * time_constant), jnp.float32)
+    least, most, width, middle, power = jnp.asarray(model.jnt_solimp.T, jnp.float32)
+    time_constant, damping_ratio = jnp.asarray(model.jnt_solref.T, jnp.float32)
+    time_constant = jnp.maximum(time_constant, 2 * model.opt.timestep)
+    stiffness = 1.0 / (most * time_constant * damping_ratio) ** 2
+    damping = 2.0 / (most * time_constant)
     inverse_weight = jnp.asarray(model.dof_invweight0, jnp.float32)
 
     def impedance(r: jax.Array) -> jax.Array:
@@ -146,13 +142,11 @@ def arm_equations(model: mujoco.MjModel) -> Equations:
     first = model.jnt_bodyid[0]
     second = model.jnt_bodyid[1]
     length = float(model.body_pos[second, 0])
-    of_second = [
-        body for body in range(model.nbody) if body >= second
-    ]  # the bodies after it are fixed to it
-    places = {body: model.body_ipos[body, 0] for body in of_second}
+    of_second = range(second, model.nbody)  # those after it are fixed to it
+    places = {}  # of their centres of mass, from the second joint
     for body in of_second:
-        if body != second:
-            places[body] += model.body_pos[body, 0]
+        offset = 0.0 if body == second else model.body_pos[body, 0]
+        places[body] = offset + model.body_ipos[body, 0]
     J_1 = vertical_inertia(model, first, model.body_ipos[first, 0])
     J_2 = sum(vertical_inertia(model, body, places[body]) for body in of_second)
     m_2 = sum(model.body_mass[body] for body in of_second)
