@@ -94,6 +94,9 @@ class EnvironmentFlags:
     meta_steps: int = 1000
     """steps of a meta-episode, over which memory and projections last"""
 
+    action_repeat: int = 1
+    """steps for which an action is held; the agent sees the last observation and the mean reward"""
+
     projection: bool = True
     """new random projections in each meta-episode; off: the agent sees the tasks as they are"""
 
@@ -112,7 +115,7 @@ class LearnerFlags:
     """The learner: Muesli."""
 
     num_steps: int = 125
-    """steps of a rollout T, a divisor of meta-steps; gradients do not reach further back"""
+    """actions of a rollout T, a divisor of those in a meta-episode; gradients reach no further back"""
 
     num_minibatches: int = 8
     """minibatches of an epoch; each takes whole sequences of some slots"""
@@ -242,7 +245,12 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
     @property
     def batch_size(self) -> int:
         """Steps of a rollout in all slots together."""
-        return self.num_envs * self.num_steps
+        return self.num_envs * self.num_steps * self.action_repeat
+
+    @property
+    def decisions(self) -> int:
+        """Actions of a meta-episode."""
+        return self.meta_steps // self.action_repeat
 
     @property
     def num_updates(self) -> int:
@@ -276,8 +284,17 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
         envs = f"--num-envs {self.num_envs}"
         devices = f"--num-devices {self.num_devices}"
         parts = f"--num-minibatches {self.num_minibatches} x {devices}"
-        if self.meta_steps % self.num_steps:
-            raise common.UsageError(f"{steps}: must divide --meta-steps {self.meta_steps}")
+        if self.meta_steps % self.action_repeat:
+            repeat = f"--action-repeat {self.action_repeat}"
+            raise common.UsageError(f"{repeat}: must divide --meta-steps {self.meta_steps}")
+        if self.decisions < 10:
+            repeat = f"--action-repeat {self.action_repeat}"
+            raise common.UsageError(f"{repeat}: --meta-steps {self.meta_steps} must hold 10 actions")
+        if self.decisions % self.num_steps:
+            of_meta_episode = f"--meta-steps {self.meta_steps}"
+            if self.action_repeat > 1:
+                of_meta_episode += f" / --action-repeat {self.action_repeat}"
+            raise common.UsageError(f"{steps}: must divide {of_meta_episode}")
         if self.muesli_unroll >= self.num_steps:
             unroll = f"--muesli-unroll {self.muesli_unroll}"
             raise common.UsageError(f"{unroll}: must be below {steps}")
@@ -622,7 +639,7 @@ class World(NamedTuple):
     matrices: tuple[Any, ...]  # of each task, M_o and M_a for each of its b slots
     obs: Array  # (B, F), what the agent reads next
     start: Array  # (B,), 1 where obs opens a meta-episode
-    time: Array  # steps taken in the meta-episode, int32 (B,)
+    time: Array  # actions taken in the meta-episode, int32 (B,)
     so_far: Array  # return since it began, or since the run did, (B,)
     whole: Array  # bool (B,), false in a first meta-episode that did not begin at its first step
 
@@ -663,12 +680,34 @@ class TaskStep(NamedTuple):
 
     obs: Array  # projected, (b, O); the first of the new trial where one opened
     state: Any
-    reward: Array  # (b,)
+    reward: Array  # of a step, the mean over those for which the action was held, (b,)
     terminated: Array  # bool (b,)
 
 
-def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) -> TaskStep:
-    """Step the b slots of one task with actions (b, A).
+def hold_action(task: Task, repeat: int, keys: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array]:
+    """b slots of one task for ``repeat`` steps, fewer where it terminates, with one action (b, E_a).
+
+    keys (b,). Returns observation, state, sum of the rewards (b,), terminated (b,).
+    """
+    step = jax.vmap(task.step)
+    if repeat == 1:
+        return step(keys, state, action)
+    first_keys, *later_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, repeat))(keys), 1, 0)
+    held = step(first_keys, state, action)
+
+    def once_more(held, keys):
+        obs, state, reward, terminated = held
+        later_obs, later_state, more, ended = step(keys, state, action)
+        obs, state = select(terminated, (obs, state), (later_obs, later_state))
+        reward += jnp.where(terminated, 0.0, more)
+        return (obs, state, reward, terminated | ended), None
+
+    held, _ = lax.scan(once_more, held, jnp.stack(later_keys))
+    return held
+
+
+def step_task(task: Task, repeat: int, key: Array, state: Any, matrices: Any, action: Array) -> TaskStep:
+    """Step the b slots of one task with actions (b, A), each held for ``repeat`` steps.
 
     Where it terminates, a new trial opens, of the same projection.
     """
@@ -680,7 +719,7 @@ def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) 
     half = (task.high - task.low) / 2
     native_action = jnp.clip(middle + half * project(M_a, action), task.low, task.high)
 
-    obs, state, reward, terminated = jax.vmap(task.step)(step_keys, state, native_action)
+    obs, state, reward, terminated = hold_action(task, repeat, step_keys, state, native_action)
     if task.ends:
 
         def open_trials():
@@ -688,16 +727,17 @@ def step_task(task: Task, key: Array, state: Any, matrices: Any, action: Array) 
             return select(terminated, fresh, (obs, state))
 
         obs, state = lax.cond(terminated.any(), open_trials, lambda: (obs, state))
-    return TaskStep(obs=project(M_o, obs), state=state, reward=reward, terminated=terminated)
+    return TaskStep(obs=project(M_o, obs), state=state, reward=reward / repeat, terminated=terminated)
 
 
 def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[World, Array, Array]:
     """Step all slots with actions (B, A): the world moved on, rewards (B,), terminated (B,)."""
+    repeat = setup.args.action_repeat
     keys = jax.random.split(key, len(setup.tasks))
     actions = by_task(setup, action)
     steps = []
     for i, task in enumerate(setup.tasks):
-        steps.append(step_task(task, keys[i], world.env_state[i], world.matrices[i], actions[i]))
+        steps.append(step_task(task, repeat, keys[i], world.env_state[i], world.matrices[i], actions[i]))
     obs = jnp.concatenate([step.obs for step in steps])
     reward = jnp.concatenate([step.reward for step in steps])
     terminated = jnp.concatenate([step.terminated for step in steps])
@@ -707,14 +747,14 @@ def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[W
         obs=agent_input(obs, reward, terminated, action, start),
         start=start,
         time=world.time + 1,
-        so_far=world.so_far + reward,
+        so_far=world.so_far + repeat * reward,
     )
     return later, reward, terminated
 
 
 def open_meta_episodes(setup: Setup, key: Array, world: World) -> World:
     """New meta-episodes, with new projections, in the slots whose last one is over."""
-    over = world.time >= setup.args.meta_steps
+    over = world.time >= setup.args.decisions
     over_in_task = by_task(setup, over)
 
     def open_those():
@@ -1292,7 +1332,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     world = reset_world(setup, env_key)
     shares = task_shares(args.num_envs, len(setup.tasks))
     slot_of_task = jnp.concatenate([jnp.arange(share, dtype=jnp.int32) for share in shares])
-    rollouts_in_meta_episode = args.meta_steps // args.num_steps
+    rollouts_in_meta_episode = args.decisions // args.num_steps
     time = args.num_steps * (slot_of_task % rollouts_in_meta_episode)
     world = world._replace(time=time, whole=time == 0)
     carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
@@ -1344,7 +1384,7 @@ def collect_rollout(setup: Setup, runner: Runner, noise: float = 1.0) -> tuple[R
 
 def return_metrics(setup: Setup, world: World) -> dict[str, Any]:
     """Returns of the meta-episodes that have just ended, of all tasks and of each."""
-    ended = (world.time >= setup.args.meta_steps) & world.whole
+    ended = (world.time >= setup.args.decisions) & world.whole
     returns = jnp.where(ended, world.so_far, 0.0)
     episodes = ended.sum(dtype=jnp.int32)
     metrics = {
@@ -1463,9 +1503,9 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 def evaluate(setup: Setup, task: Task, params: Any, key: Array) -> Array:
-    """Rewards of whole meta-episodes of a task, fresh projections, float (meta_steps, E)."""
+    """Rewards of whole meta-episodes of a task, fresh projections, float (decisions, E)."""
     args = setup.args
-    own_args = replace(args, num_envs=args.eval_episodes, num_steps=args.meta_steps)
+    own_args = replace(args, num_envs=args.eval_episodes, num_steps=args.decisions)
     setup = setup._replace(args=own_args, tasks=(task,))
     runner = init_runner(setup, key)._replace(params=params)
     _, rollout = collect_rollout(setup, runner, args.eval_noise)
@@ -1477,7 +1517,7 @@ class TaskEvaluation(NamedTuple):
 
     name: str
     split: str  # train or held out
-    play: Callable  # parameters of all seeds -> rewards, float (S, meta_steps, E)
+    play: Callable  # parameters of all seeds -> rewards, float (S, decisions, E)
 
 
 def make_evaluation(setup: Setup) -> list[TaskEvaluation]:
@@ -1532,8 +1572,8 @@ def evaluation_rows(args: Args, evaluation: list[TaskEvaluation], update: int, p
     """
     rows = []
     for name, split, play in evaluation:
-        for i, rewards in enumerate(np.asarray(play(params), np.float64)):  # (meta_steps, E)
-            returns = rewards.sum(axis=0)
+        for i, rewards in enumerate(np.asarray(play(params), np.float64)):  # (decisions, E)
+            returns = args.action_repeat * rewards.sum(axis=0)
             values = {
                 "return_mean": returns.mean(),
                 "return_se": returns.std() / math.sqrt(len(returns) - 1),
