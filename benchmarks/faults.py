@@ -1032,6 +1032,9 @@ def impossible(module: Any, stub: Path) -> list[BadLine]:
         "muesli_s5_metarl": [
             {"meta_steps": 25, "num_steps": 10},
             {"meta_steps": 5, "num_steps": 10},
+            {"meta_steps": 20, "action_repeat": 3},
+            {"meta_steps": 20, "action_repeat": 4},
+            {"meta_steps": 60, "action_repeat": 3, "num_steps": 6},
             {"muesli_unroll": 10, "num_steps": 10},
             {"num_envs": 9, "num_minibatches": 2},
             {"num_envs": 1, "num_minibatches": 1, "tasks": "Pendulum-v1,MountainCarContinuous-v0"},

@@ -120,6 +120,58 @@ def test_returns_are_counted_over_whole_meta_episodes_only(story):
         np.testing.assert_allclose(after.so_far[whole], total[whole], atol=1e-4)
 
 
+@pytest.mark.parametrize("repeat", [2, 3])
+def test_an_action_that_is_held_is_the_action_taken_again_until_the_trial_ends(repeat):
+    """walk_task ends trials after a few steps, inside and at the end of what is held."""
+    task = walk_task()
+    keys = jax.random.split(jax.random.PRNGKey(0), 6)
+    _, state = jax.vmap(task.reset)(keys)
+    hold = fast_jit(lambda keys, state, action: muesli.hold_action(task, repeat, keys, state, action))
+    once = fast_jit(jax.vmap(task.step))
+    lengths = set()
+    for t in range(8):
+        action = 0.5 * jax.random.normal(jax.random.PRNGKey(10 + t), (6, 2))
+        obs, later, reward, terminated = hold(keys, state, action)
+        for slot in range(6):
+            now, total, length, over = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1], state), 0.0, 0, False
+            while length < repeat and not over:
+                seen, now, pay, over = once(keys[slot : slot + 1], now, action[slot : slot + 1])
+                total, length, over = total + float(pay[0]), length + 1, bool(over[0])
+            lengths.add((length, over))
+            assert terminated[slot] == over and reward[slot] == pytest.approx(total, abs=1e-5)
+            np.testing.assert_allclose(obs[slot], seen[0], atol=1e-5)
+            for found, expected in zip(later, now, strict=True):
+                np.testing.assert_allclose(found[slot], expected[0], atol=1e-5)
+        _, fresh = jax.vmap(task.reset)(keys)
+        state = muesli.select(terminated, fresh, later)
+    assert (repeat, False) in lengths and any(over for _, over in lengths)
+
+
+def test_steps_and_returns_count_every_step_of_a_held_action():
+    """A task that pays 1 a step, in meta-episodes of 20 steps: ten actions of two steps each."""
+    see = jnp.zeros(3)
+    step = lambda key, state, action: (see, state, 1.0, jnp.zeros((), bool))  # noqa: E731
+    task = muesli.Task("one", 3, 2, -1.0, 1.0, False, lambda key: (see, jnp.zeros(())), step)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        setup = toy_setup(monkeypatch, tasks={"one": task}, arch="mlp", action_repeat=2, num_steps=5)
+    assert setup.args.batch_size == setup.args.num_envs * 10 and setup.args.decisions == 10
+
+    @fast_jit
+    def roll(runner, key):
+        runner = runner._replace(world=muesli.open_meta_episodes(setup, key, runner.world))
+        runner, rollout = muesli.collect_rollout(setup, runner)
+        return runner, rollout.reward, muesli.return_metrics(setup, runner.world)
+
+    runner = first_runner(setup)
+    episodes = 0
+    for t in range(4):
+        runner, reward, metrics = roll(runner, jax.random.PRNGKey(t))
+        assert reward.shape == (5, setup.args.num_envs) and (reward == 1.0).all()  # of a step, in the mean
+        assert float(metrics["return_mean"].total) == 20 * int(metrics["episodes"])
+        episodes += int(metrics["episodes"])
+    assert episodes > 0
+
+
 @pytest.mark.parametrize(
     ("num_envs", "tasks", "shares"),
     [
