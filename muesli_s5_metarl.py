@@ -421,6 +421,11 @@ def environments(args: Args) -> dict[str, Callable]:
 
 def task_maker(args: Args, name: str, flag: str) -> Callable:
     """What makes the task of --suite that --FLAG names. Raises UsageError."""
+    if args.suite == "dmc":
+        import control_jax
+
+        if name in control_jax.registered_envs:  # without Playground, which takes seconds to import
+            return partial(control_jax.make, name)
     makers = environments(args)
     if name not in makers:
         fails = (args.suite, name) == ("brax", "swimmer")

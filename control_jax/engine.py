@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
-from mujoco import mjx
 from mujoco.batch import Batch
 
 ENGINES = ("closed_form", "c", "mjx")
@@ -62,6 +61,8 @@ def mjx_engine(model: mujoco.MjModel, substeps: int, solver: Solver) -> Callable
 
     model: its only sensors are touch sensors
     """
+    from mujoco import mjx  # takes seconds to import
+
     effort = {"opt.iterations": solver.iterations, "opt.ls_iterations": solver.line_search}
     device_model = mjx.put_model(model, impl="jax").tree_replace(effort)
     empty = mjx.make_data(model, impl="jax")
