@@ -1,4 +1,7 @@
-"""What the collections of training runs share: flags for the script, resumption, a core for each run, rows in a CSV."""
+"""What the collections of training runs share.
+
+Flags for the script, resumption, a core for each run, rows in a CSV.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +29,42 @@ def parse_args(args_class: type) -> tuple[Any, list[str]]:
 
 
 def execute(script: str, flags: Iterable[Any], core: int | None = None) -> None:
-    """Run a script of this project, on one CPU core only if one is given. Ends with its exit code if it fails."""
-    hold = None if core is None else lambda: os.sched_setaffinity(0, {core})
-    ended = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], preexec_fn=hold)
+    """Run a script of this project, on one CPU core only if one is given.
+
+    Ends with its exit code if it fails.
+    """
+
+    def hold():
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    ended = subprocess.run(command, preexec_fn=None if core is None else hold)
     if ended.returncode:
         raise SystemExit(ended.returncode)
 
 
-def finished_run(script: str, run_dir: Path, flags: Iterable[Any], core: int | None = None) -> dict[str, Any]:
-    """Summary of the run in ``run_dir``, which is begun with these flags, or gone on with if it had been stopped."""
-    if not (run_dir / "summary.json").exists():
-        execute(script, ["--resume", run_dir] if run_dir.exists() else [*flags, "--run-dir", run_dir], core)
-    return json.loads((run_dir / "summary.json").read_text())
+def finished_run(
+    script: str,
+    run_dir: Path,
+    flags: Iterable[Any],
+    core: int | None = None,
+) -> dict[str, Any]:
+    """Summary of the run in ``run_dir``: begun with these flags, or resumed if it had been stopped."""
+    summary = run_dir / "summary.json"
+    if not summary.exists():
+        if run_dir.exists():
+            execute(script, ["--resume", run_dir], core)
+        else:
+            execute(script, [*flags, "--run-dir", run_dir], core)
+    return json.loads(summary.read_text())
 
 
 def in_lanes(jobs: int, function: Callable, items: Iterable[Any]) -> None:
-    """``function(*item, core)`` for every item, ``jobs`` at a time, on a core each; None if it is one at a time."""
+    """``function(*item, core)`` for every item, ``jobs`` at a time.
+
+    Each has a CPU core of its own; core is None if there is one at a time.
+    """
     cores: queue.Queue = queue.Queue()
     for core in range(jobs):
         cores.put(core if jobs > 1 else None)
@@ -57,11 +80,21 @@ def in_lanes(jobs: int, function: Callable, items: Iterable[Any]) -> None:
         list(pool.map(held, items))
 
 
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a header."""
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
 def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) -> None:
     """Put rows into a CSV in the place of those that are the ``same`` in these columns."""
-    new = {tuple(str(row[name]) for name in same) for row in rows}
-    old = list(csv.DictReader(table.open())) if table.exists() else []
-    kept = [row for row in old if tuple(row[name] for name in same) not in new]
+
+    def place(row):
+        return tuple(str(row[name]) for name in same)
+
+    replaced = {place(row) for row in rows}
+    old = read_rows(table) if table.exists() else []
+    kept = [row for row in old if place(row) not in replaced]
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -70,4 +103,5 @@ def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) 
 
 
 def print_row(row: dict[str, Any]) -> None:
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    words = [f"{name} {value}" for name, value in row.items()]
+    print(", ".join(words), flush=True)

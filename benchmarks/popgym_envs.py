@@ -1,19 +1,23 @@
-"""Steps per second of every environment of popgym_jax beside the reference package popgym, in one run on one machine.
+"""Steps per second of every environment of popgym_jax beside the reference package popgym.
 
-    python benchmarks/popgym_envs.py                             # all 48, about 10 minutes on 2 CPU cores
-    python benchmarks/popgym_envs.py --envs RepeatHard --quick   # a look, in half a minute
+    # all 48, about 10 minutes on 2 CPU cores
+    python benchmarks/popgym_envs.py
+    # a look, in half a minute
+    python benchmarks/popgym_envs.py --envs RepeatHard --quick
 
-The reference steps one environment in Python, with its raw observation; "flat" adds gymnasium's flatten, which turns it
-into the vector that popgym_jax gives. popgym_jax steps B environments in a compiled scan, B = 1, 64 and 4096, which
-splits the keys, resets what has ended and keeps every observation. Actions are drawn beforehand on both sides. All
-contenders take turns; the table gives medians. "jax.random" is B = 4096 again with the keys split by jax.random.split
-instead of popgym_jax.prng.split, which returns the same keys.
+All in one run on one machine. The reference steps one environment in Python, with its raw
+observation; "flat" adds gymnasium's flatten, which turns it into the vector that popgym_jax gives.
+popgym_jax steps B environments in a compiled scan, B = 1, 64 and 4096, which splits the keys,
+resets what has ended and keeps every observation. Actions are drawn beforehand on both sides. All
+contenders take turns; the table gives medians. "jax.random" is B = 4096 again with the keys split
+by jax.random.split instead of popgym_jax.prng.split, which returns the same keys.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +42,27 @@ HEADER = ("environment", *COLUMNS, "ratio", "to flat", "compile s")
 class Args:
     """Environment speed, popgym_jax beside popgym."""
 
-    envs: tuple[str, ...] = popgym_jax.registered_envs  # environments to measure
-    repeats: int = 5  # rounds, in each of which every contender is timed once
-    reference_steps: int = 10_000  # steps of the reference in a round
-    length: int = 1024  # time steps of a scan; as long as the longest episode, so that resets have their share
-    quick: bool = False  # fewer rounds and steps, to see that it works
-    json: str = ""  # also write all numbers to this file
+    envs: tuple[str, ...] = popgym_jax.registered_envs
+    """environments to measure"""
+
+    repeats: int = 5
+    """rounds, in each of which every contender is timed once"""
+
+    reference_steps: int = 10_000
+    """steps of the reference in a round"""
+
+    length: int = 1024
+    """time steps of a scan; as long as the longest episode, so that resets have their share"""
+
+    quick: bool = False
+    """fewer rounds and steps, to see that it works"""
+
+    json: str = ""
+    """also write all numbers to this file"""
 
 
 def reference_play(name: str, steps: int) -> dict[str, Any]:
-    """Functions that take so many steps of the reference, with its raw observation and with the flat one."""
+    """Functions that take so many steps of the reference, with its raw and its flat observation."""
     env = make_reference(name)
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(steps)]
@@ -69,23 +84,28 @@ def reference_play(name: str, steps: int) -> dict[str, Any]:
     return {"popgym": raw, "flat": flat}
 
 
-def our_play(name: str, batch: int, length: int, split: Any) -> tuple[Any, float, int]:
-    """A function that takes length x batch steps, the seconds that it took to compile, and its number of steps."""
+def our_play(name: str, batch: int, length: int, split: Any) -> tuple[Any, float]:
+    """A function that takes length x batch steps, and the seconds that it took to compile."""
     env, params = popgym_jax.make(name)
-    space, key = env.action_space(params), jax.random.key(0)
-    actions = jax.jit(jax.vmap(jax.vmap(space.sample)))(jax.random.split(key, (length, batch)))
+    space = env.action_space(params)
+    key = jax.random.key(0)
+    action_keys = jax.random.split(key, (length, batch))
+    actions = jax.jit(jax.vmap(jax.vmap(space.sample)))(action_keys)
     opening = jax.jit(jax.vmap(env.reset, (0, None)))(split(key, batch), params)
+    step_all = jax.vmap(env.step, (0, 0, 0, None))
 
     def scan(opening, key, actions):
         def step(current, inputs):
+            _, state = current
             key, action = inputs
-            obs, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(split(key, batch), current[1], action, params)
+            obs, state, reward, *_ = step_all(split(key, batch), state, action, params)
             return (obs, state), reward.mean()  # the carry keeps the observation alive
 
-        return jax.lax.scan(step, opening, (jax.random.split(key, length), actions))
+        step_keys = jax.random.split(key, length)
+        return jax.lax.scan(step, opening, (step_keys, actions))
 
     compiled, seconds = timed_compile(scan, opening, key, actions)
-    return (lambda: compiled(opening, key, actions)), seconds, length * batch
+    return partial(compiled, opening, key, actions), seconds
 
 
 def measure(name: str, args: Args) -> dict[str, Any]:
@@ -93,27 +113,43 @@ def measure(name: str, args: Args) -> dict[str, Any]:
     calls = reference_play(name, args.reference_steps)
     steps = dict.fromkeys(calls, args.reference_steps)
     compile_seconds = {}
-    contenders = {f"B = {B}": (B, prng.split) for B in BATCHES} | {"jax.random": (BATCHES[-1], jax.random.split)}
-    for label, (batch, split) in contenders.items():
+
+    def add(label, batch, split):
         length = args.length * (16 if batch == 1 else 1)
-        calls[label], compile_seconds[label], steps[label] = our_play(name, batch, length, split)
+        calls[label], compile_seconds[label] = our_play(name, batch, length, split)
+        steps[label] = length * batch
+
+    for batch in BATCHES:
+        add(f"B = {batch}", batch, prng.split)
+    add("jax.random", BATCHES[-1], jax.random.split)
+
     seconds = time_in_turn(calls, args.repeats)
     rates = {label: steps[label] / taken.median for label, taken in seconds.items()}
     largest = f"B = {BATCHES[-1]}"
-    ratios = {"ratio": rates[largest] / rates["popgym"], "to_flat": rates[largest] / rates["flat"]}
-    return {"env": name, "steps_per_second": rates} | ratios | {"compile_seconds": compile_seconds[largest]}
+    return {
+        "env": name,
+        "steps_per_second": rates,
+        "ratio": rates[largest] / rates["popgym"],
+        "to_flat": rates[largest] / rates["flat"],
+        "compile_seconds": compile_seconds[largest],
+    }
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    rates = [f"{rate:,.0f}" for rate in row["steps_per_second"].values()]
-    return [row["env"], *rates, f"{row['ratio']:.0f}x", f"{row['to_flat']:.0f}x", f"{row['compile_seconds']:.2f}"]
+    return [
+        row["env"],
+        *[f"{rate:,.0f}" for rate in row["steps_per_second"].values()],
+        f"{row['ratio']:.0f}x",
+        f"{row['to_flat']:.0f}x",
+        f"{row['compile_seconds']:.2f}",
+    ]
 
 
 def main() -> int:
     args = tyro.cli(Args)
     if args.quick:
-        args = Args(args.envs, repeats=1, reference_steps=1000, length=64, json=args.json)
+        args = replace(args, repeats=1, reference_steps=1000, length=64)
     try:
         names = [popgym_jax.make(name)[0].name for name in args.envs]
     except popgym_jax.UnknownEnvironmentError as error:
@@ -123,12 +159,11 @@ def main() -> int:
         print(f"measuring {name}", file=sys.stderr)
         rows.append(measure(name, args))
     about = machine()
-    print(
-        f"{about['device']}; steps per second, medians of {args.repeats} rounds; ratio = B = {BATCHES[-1]} to popgym\n"
-    )
+    print(f"{about['device']}; steps per second, medians of {args.repeats} rounds;", end=" ")
+    print(f"ratio = B = {BATCHES[-1]} to popgym\n")
     print_table(HEADER, [cells(row) for row in rows])
     if args.json:
-        save_json(args.json, {"args": vars(args), "rows": rows} | about)
+        save_json(args.json, {"args": vars(args), "rows": rows, **about})
     return 0
 
 

@@ -5,14 +5,17 @@
 
 Three contenders read the same input (T, B, H):
 
-    ours    the memory of ppo_s5_popgym.py: a reset multiplies the transition by zero, complex products are real
-            matrix products, the loop over time has a hand-written gradient, acting discretises once
-    paper   S5 as Lu et al. 2023, section 3.1, write it: for each sequence a complex associative scan of three-part
-            elements under the operator ⊕, the stored state put before them as one more element, complex B and C,
-            discretised in every call; to act is to scan a sequence of one step
+    ours    the memory of ppo_s5_popgym.py: a reset multiplies the transition by zero, complex
+            products are real matrix products, the loop over time has a hand-written gradient,
+            acting discretises once
+    paper   S5 as Lu et al. 2023, section 3.1, write it: for each sequence a complex associative
+            scan of three-part elements under the operator ⊕, the stored state put before them as
+            one more element, complex B and C, discretised in every call; to act is to scan a
+            sequence of one step
     gru     a GRU of the same width. ONE layer, as in the paper, beside a stack of several S5 layers
 
-ours and paper share their parameters; before anything is timed, their outputs and gradients have to agree.
+ours and paper share their parameters; before anything is timed, their outputs and gradients have
+to agree.
 Shapes: T time, B environments, H model width, P complex states.
 """
 
@@ -44,56 +47,79 @@ class Args:
 
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     """sequence lengths T of forward and backward"""
+
     batch: int = 8
     """sequences B, the paper's minibatch"""
+
     acting_steps: int = 1024
     """steps of acting"""
+
     repeats: int = 15
     """timed rounds; each runs every contender once"""
+
     resets: float = 0.01
     """share of the steps that open an episode"""
+
     tolerance: float = 1e-4
     """largest difference between ours and paper, relative to the largest value"""
+
     json: str = ""
     """file for all numbers"""
+
     quick: bool = False
     """tiny sizes: only shows that the script works"""
 
 
-# ---- The paper's form ------------------------------------------------------------------------------------------------
+# ---- The paper's form ----------------------------------------------------------------------------
 
 
 def paper_parameters(params: list) -> list[dict[str, Any]]:
-    """Our parameters, or gradients with respect to them, with B as (P, H, 2) and C as (H, P, 2): entries only move."""
+    """Our parameters, or gradients with respect to them, in the paper's form: entries only move.
+
+    B_tilde becomes B (P, H, 2), C_tilde becomes C (H, P, 2), real and imaginary parts last.
+    """
     layers = []
-    for layer in map(dict, params):
-        B, C, P = layer.pop("B_tilde"), layer.pop("C_tilde"), layer["log_step"].shape[0]
+    for ours in params:
+        layer = dict(ours)
+        P = layer["log_step"].shape[0]
+        B = layer.pop("B_tilde")
+        C = layer.pop("C_tilde")
         layer["B"] = jnp.stack([B[:, :P].T, B[:, P:].T], axis=-1)
         layer["C"] = jnp.stack([C[:P].T, C[P:].T], axis=-1)
         layers.append(layer)
     return layers
 
 
-def oplus(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """a ⊕ b, a earlier than b; elements (transition, drive, reset). Lu et al. 2023, section 3.1."""
-    transition = jnp.where(b[2], b[0], b[0] * a[0])
-    return transition, jnp.where(b[2], b[1], b[0] * a[1] + b[1]), a[2] | b[2]
+Element = tuple[Array, Array, Array]  # transition, drive, reset
+
+
+def oplus(a: Element, b: Element) -> Element:
+    """a ⊕ b, a earlier than b. Lu et al. 2023, section 3.1."""
+    a_transition, a_drive, a_reset = a
+    b_transition, b_drive, b_reset = b
+    transition = jnp.where(b_reset, b_transition, b_transition * a_transition)
+    drive = jnp.where(b_reset, b_drive, b_transition * a_drive + b_drive)
+    return transition, drive, a_reset | b_reset
 
 
 def paper_ssm(Lambda_bar: Array, B_bar: Array, C: Array, state: Array, u: Array, start: Array) -> tuple[Array, Array]:
     """One sequence through x_k = Lambda_bar x_{k-1} + B_bar u_k with resets, y_k = 2 Re(C x_k).
 
-    Lambda_bar (P,), B_bar (P, H), C (H, P), the state before the sequence (P,), all complex; u float (T, H);
-    start bool (T,). Returns the last state (P,) and y (T, H).
+    Lambda_bar (P,), B_bar (P, H), C (H, P), the state before the sequence (P,), all complex;
+    u float (T, H); start bool (T,). Returns the last state (P,) and y (T, H).
     """
-    drive = jax.vmap(lambda u: B_bar @ u)(u)  # (T, P)
+    drive = jax.vmap(lambda u_k: B_bar @ u_k)(u)  # (T, P)
+    transition = jnp.broadcast_to(Lambda_bar, drive.shape)
+    # the state goes first, as one more element
     elements = (
-        jnp.concatenate([jnp.ones_like(state)[None], jnp.broadcast_to(Lambda_bar, drive.shape)]),
+        jnp.concatenate([jnp.ones_like(state)[None], transition]),
         jnp.concatenate([state[None], drive]),
         jnp.concatenate([jnp.zeros((1, 1), bool), start[:, None]]),
     )
-    x = lax.associative_scan(oplus, elements)[1][1:]
-    return x[-1], jax.vmap(lambda x: 2 * (C @ x).real)(x)
+    _, states, _ = lax.associative_scan(oplus, elements)  # (1 + T, P)
+    x = states[1:]
+    y = jax.vmap(lambda x_k: 2 * (C @ x_k).real)(x)
+    return x[-1], y
 
 
 def paper_scan(params: list, carry: list, x: Array, start: Array) -> tuple[list, Array]:
@@ -101,13 +127,16 @@ def paper_scan(params: list, carry: list, x: Array, start: Array) -> tuple[list,
     states = []
     for layer, state in zip(params, carry, strict=True):
         Lambda = lax.complex(layer["Lambda_re"], layer["Lambda_im"])
-        B, C = (lax.complex(layer[name][..., 0], layer[name][..., 1]) for name in "BC")
-        ssm = partial(paper_ssm, *common.discretize_zoh(Lambda, B, jnp.exp(layer["log_step"])), C)
+        B = lax.complex(layer["B"][..., 0], layer["B"][..., 1])
+        C = lax.complex(layer["C"][..., 0], layer["C"][..., 1])
+        Lambda_bar, B_bar = common.discretize_zoh(Lambda, B, jnp.exp(layer["log_step"]))
+        ssm = partial(paper_ssm, Lambda_bar, B_bar, C)
         state, y = jax.vmap(ssm, in_axes=(0, 1, 1), out_axes=(0, 1))(state, x, start > 0)
-        y = nn.gelu(y + layer["D"] * x)
-        value, gate = (y @ layer[name]["kernel"] + layer[name]["bias"] for name in ("value", "gate"))
-        x = x + value * nn.sigmoid(gate)
         states.append(state)
+        y = nn.gelu(y + layer["D"] * x)
+        value = y @ layer["value"]["kernel"] + layer["value"]["bias"]
+        gate = y @ layer["gate"]["kernel"] + layer["gate"]["bias"]
+        x = x + value * nn.sigmoid(gate)
     return states, x
 
 
@@ -115,16 +144,18 @@ def paper_act(params: list, carry: list, x: Array, start: Array) -> tuple[list, 
     """Step by step: each step is a scan of length 1, discretisation included."""
 
     def step(carry, inputs):
-        carry, y = paper_scan(params, carry, inputs[0][None], inputs[1][None])
+        x, start = inputs
+        carry, y = paper_scan(params, carry, x[None], start[None])
         return carry, y[0]
 
     return lax.scan(step, carry, (x, start))
 
 
-# ---- This project's memories, as lists of layers ---------------------------------------------------------------------
+# ---- This project's memories, as lists of layers -------------------------------------------------
 
 
 def layers_scan(layers: list[nn.Module], params: list, carry: list, x: Array, start: Array) -> tuple[list, Array]:
+    """The stack: x float (T, B, H), start float (T, B)."""
     carry = list(carry)
     for i, layer in enumerate(layers):
         carry[i], x = layer.apply({"params": params[i]}, carry[i], x, start, method="scan")
@@ -132,24 +163,28 @@ def layers_scan(layers: list[nn.Module], params: list, carry: list, x: Array, st
 
 
 def layers_act(layers: list[nn.Module], params: list, carry: list, x: Array, start: Array) -> tuple[list, Array]:
-    """Step by step, with what does not change between steps computed once, as ppo_s5_popgym.collect_rollout does."""
-    layers = [layer.bind({"params": p}) for layer, p in zip(layers, params, strict=True)]
-    kernels = [layer.kernels() for layer in layers]
+    """Step by step, as ppo_s5_popgym.collect_rollout: what does not change is computed once."""
+    bound = [layer.bind({"params": p}) for layer, p in zip(layers, params, strict=True)]
+    kernels = [layer.kernels() for layer in bound]
 
     def step(carry, inputs):
-        (x, start), carry = inputs, list(carry)
-        for i, layer in enumerate(layers):
+        x, start = inputs
+        carry = list(carry)
+        for i, layer in enumerate(bound):
             carry[i], x = layer.step(kernels[i], carry[i], x, start)
         return carry, x
 
     return lax.scan(step, carry, (x, start))
 
 
-# ---- What is timed ---------------------------------------------------------------------------------------------------
+# ---- What is timed -------------------------------------------------------------------------------
 
 
 class Contender(NamedTuple):
-    """A way to read a sequence: scan and act are called with (params, carry, x, start) and return carry, y."""
+    """A way to read a sequence.
+
+    scan and act are called with (params, carry, x, start) and return carry, y.
+    """
 
     scan: Callable
     act: Callable
@@ -158,16 +193,22 @@ class Contender(NamedTuple):
 
 
 def forward(contender: Contender, params: list, carry: list, x: Array, start: Array) -> Array:
-    return contender.scan(params, carry, x, start)[1]
+    _, y = contender.scan(params, carry, x, start)
+    return y
 
 
 def gradient(contender: Contender, params: list, carry: list, x: Array, start: Array) -> tuple[list, Array]:
     """Of a scalar loss with respect to parameters and input."""
-    return jax.grad(lambda p, x: jnp.mean(forward(contender, p, carry, x, start) ** 2), argnums=(0, 1))(params, x)
+
+    def loss(params, x):
+        return jnp.mean(forward(contender, params, carry, x, start) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1))(params, x)
 
 
 def acting(contender: Contender, params: list, carry: list, x: Array, start: Array) -> Array:
-    return contender.act(params, carry, x, start)[1]
+    _, y = contender.act(params, carry, x, start)
+    return y
 
 
 KINDS = {"forward": forward, "forward+backward": gradient, "acting": acting}
@@ -177,60 +218,98 @@ def make_contenders(model: ppo.Args, batch: int) -> dict[str, Contender]:
     """ours and paper have the same parameters and the same carry, which is not zero."""
 
     def make(layers):
-        scan, act = partial(layers_scan, layers), partial(layers_act, layers)
-        keys, x = jax.random.split(jax.random.key(0), len(layers)), jnp.zeros((1, batch, model.s5_width))
-        carry = [layer.initial_carry(batch) for layer in layers]
-        carry = [jax.random.normal(key, c.shape) for key, c in zip(keys, carry, strict=True)]
-        init = [partial(layer.init, method="scan") for layer in layers]
-        params = [jax.jit(f)(k, c, x, x[..., 0])["params"] for f, k, c in zip(init, keys, carry, strict=True)]
-        return Contender(scan, act, params, carry)
+        keys = jax.random.split(jax.random.key(0), len(layers))
+        x = jnp.zeros((1, batch, model.s5_width))
+        start = x[..., 0]
+        carry = []
+        params = []
+        for layer, key in zip(layers, keys, strict=True):
+            state = jax.random.normal(key, layer.initial_carry(batch).shape)
+            init = jax.jit(partial(layer.init, method="scan"))
+            carry.append(state)
+            params.append(init(key, state, x, start)["params"])
+        return Contender(
+            scan=partial(layers_scan, layers),
+            act=partial(layers_act, layers),
+            params=params,
+            carry=carry,
+        )
 
     ours = make([ppo.S5Layer(model) for _ in range(model.s5_layers)])
-    paper_carry = [common.packed_to_complex(state) for state in ours.carry]
-    paper = Contender(paper_scan, paper_act, paper_parameters(ours.params), paper_carry)
-    return {"ours": ours, "paper": paper, "gru": make([common.Recurrent(model.s5_width, nn.GRUCell)])}
+    paper = Contender(
+        scan=paper_scan,
+        act=paper_act,
+        params=paper_parameters(ours.params),
+        carry=[common.packed_to_complex(state) for state in ours.carry],
+    )
+    gru = make([common.Recurrent(model.s5_width, nn.GRUCell)])
+    return {"ours": ours, "paper": paper, "gru": gru}
 
 
 def stack_flops(model: ppo.Args, tokens: int) -> int:
-    """Floating point operations of the matrix products of one forward pass, 2 M N K each, over M = T B tokens.
+    """Floating point operations of the matrix products of one forward pass over M = T B tokens.
 
-    A layer has four: B_bar (K = H, N = 2P), C (2P, H), W1 and W2 (H, H). The backward pass has two for each of them,
-    for the gradient of the input and of the weight: twice the forward pass. What is no matrix product (the
-    recurrence, GELU, the gate) counts nothing.
+    A layer has four, of 2 M N K each: B_bar (K = H, N = 2P), C (2P, H), W1 and W2 (H, H). The
+    backward pass has two for each of them, for the gradient of the input and of the weight: twice
+    the forward pass. What is no matrix product (the recurrence, GELU, the gate) counts nothing.
     """
-    H, P = model.s5_width, model.s5_state
-    return model.s5_layers * (2 * tokens * H * 2 * P + 2 * tokens * 2 * P * H + 2 * (2 * tokens * H * H))
+    H = model.s5_width
+    P = model.s5_state
+    B_bar = 2 * tokens * H * 2 * P
+    C = 2 * tokens * 2 * P * H
+    W1_and_W2 = 2 * (2 * tokens * H * H)
+    return model.s5_layers * (B_bar + C + W1_and_W2)
 
 
 def largest_difference(ours: Any, paper: Any) -> float:
     """Of any array, relative to the largest value in it."""
-    differences = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), ours, paper)
-    return max(d.item() for d in jax.tree.leaves(differences))
+
+    def relative(a, b):
+        return jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
+
+    differences = jax.tree.map(relative, ours, paper)
+    return max(difference.item() for difference in jax.tree.leaves(differences))
 
 
 def measure(args: Args, model: ppo.Args, contenders: dict[str, Contender], kind: str, T: int) -> dict[str, Any]:
-    """One row: compile all contenders, compare ours with paper, time them and a big matrix product in turn. Seconds."""
+    """One row, in seconds: all contenders compiled, compared, timed in turn with a matrix product."""
     x = jax.random.normal(jax.random.key(1), (T, args.batch, model.s5_width))
-    start = jax.random.bernoulli(jax.random.key(2), args.resets, (T, args.batch)).astype(jnp.float32)
-    square = jax.random.normal(jax.random.key(3), (256, 256) if args.quick else (2048, 2048))
-    calls: dict[str, Callable] = {"matmul": partial(timed_compile(jnp.matmul, square, square)[0], square, square)}
-    compile_seconds = {}
+    start = jax.random.bernoulli(jax.random.key(2), args.resets, (T, args.batch))
+    start = start.astype(jnp.float32)
+    side = 256 if args.quick else 2048
+    square = jax.random.normal(jax.random.key(3), (side, side))
+
+    matmul, _ = timed_compile(jnp.matmul, square, square)
+    calls: dict[str, Callable] = {"matmul": partial(matmul, square, square)}
+    compiling = {}
     for name, contender in contenders.items():
         operands = (contender.params, contender.carry, x, start)
-        compiled, compile_seconds[name] = timed_compile(partial(KINDS[kind], contender), *operands)
+        compiled, seconds = timed_compile(partial(KINDS[kind], contender), *operands)
         calls[name] = partial(compiled, *operands)
-    ours, paper = calls["ours"](), calls["paper"]()
+        compiling[name] = {"median": seconds, "minimum": seconds}
+
+    ours = calls["ours"]()
+    paper = calls["paper"]()
     if kind == "forward+backward":
-        ours = paper_parameters(ours[0]), ours[1]
+        of_params, of_input = ours
+        ours = (paper_parameters(of_params), of_input)
     difference = largest_difference(ours, paper)
     if not difference <= args.tolerance:
         raise SystemExit(f"{kind}, T={T}: ours and the paper's form differ by {difference:.1e}")
-    timings = {name: timing._asdict() for name, timing in time_in_turn(calls, args.repeats).items()}
+
+    taken = time_in_turn(calls, args.repeats)
+    timings = {name: timing._asdict() for name, timing in taken.items()}
     passes = {"forward": 1, "forward+backward": 3}.get(kind)
-    flops = stack_flops(model, T * args.batch) * passes if passes else None
-    peak = 2 * square.size * len(square) / timings.pop("matmul")["minimum"]  # FLOP/s
-    row = {"kind": kind, "T": T, "difference": difference, "flops": flops, "peak": peak, "run": timings}
-    return row | {"compile": {name: {"median": s, "minimum": s} for name, s in compile_seconds.items()}}
+    matmul_flops = 2 * square.size * side
+    return {
+        "kind": kind,
+        "T": T,
+        "difference": difference,
+        "flops": stack_flops(model, T * args.batch) * passes if passes else None,
+        "peak": matmul_flops / timings.pop("matmul")["minimum"],  # FLOP/s
+        "run": timings,
+        "compile": compiling,
+    }
 
 
 def add_shares(rows: list[dict[str, Any]]) -> None:
@@ -239,47 +318,86 @@ def add_shares(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for phase in ("run", "compile"):
             times = {name: timing["median"] for name, timing in row[phase].items()}
-            row[f"{phase}_over_ours"] = {name: times[name] / times["ours"] for name in ("paper", "gru")}
+            row[f"{phase}_over_ours"] = {
+                "paper": times["paper"] / times["ours"],
+                "gru": times["gru"] / times["ours"],
+            }
         if row["flops"]:
-            row["share_of_peak"] = {k: row["flops"] / seconds / peak for k, seconds in row["run"]["ours"].items()}
+            row["share_of_peak"] = {
+                which: row["flops"] / seconds / peak for which, seconds in row["run"]["ours"].items()
+            }
 
 
-def cells(row: dict[str, Any], phase: str, unit: str, scale: float) -> list[str]:
-    """A line of the table: times as median (minimum)."""
-    digits = 2 if phase == "compile" else 1
-    times = [[f"{seconds * scale:.{digits}f}" for seconds in timing.values()] for timing in row[phase].values()]
-    ratios = [f"{ratio:.2f}x" for ratio in row[f"{phase}_over_ours"].values()]
-    share = [f"{s:.0%}" for s in row.get("share_of_peak", {}).values()] if phase == "run" else []
-    shown = [t[0] if phase == "compile" else "{} ({})".format(*t) for t in times]
-    label = f"{'compile ' * (phase == 'compile')}{row['kind']}, {unit}"
-    return [label, str(row["T"]), *shown, *ratios, "{} ({})".format(*share) if share else ""]
+HEADER = ("", "T", "ours", "paper", "gru", "paper/ours", "gru/ours", "share of peak")
+
+
+def run_cells(row: dict[str, Any], unit: str, scale: float) -> list[str]:
+    """A line of the table for the time of a run: times and shares as median (minimum)."""
+    times = []
+    for timing in row["run"].values():
+        median = timing["median"] * scale
+        minimum = timing["minimum"] * scale
+        times.append(f"{median:.1f} ({minimum:.1f})")
+    ratios = [f"{ratio:.2f}x" for ratio in row["run_over_ours"].values()]
+    share = ""
+    if "share_of_peak" in row:
+        median = row["share_of_peak"]["median"]
+        minimum = row["share_of_peak"]["minimum"]
+        share = f"{median:.0%} ({minimum:.0%})"
+    return [f"{row['kind']}, {unit}", str(row["T"]), *times, *ratios, share]
+
+
+def compile_cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table for the time of compiling, which happens once."""
+    times = [f"{timing['median']:.2f}" for timing in row["compile"].values()]
+    ratios = [f"{ratio:.2f}x" for ratio in row["compile_over_ours"].values()]
+    return [f"compile {row['kind']}, s", str(row["T"]), *times, *ratios, ""]
 
 
 def main() -> None:
-    args, model = tyro.cli(Args), ppo.Args(**ppo.PRESETS["paper"])
+    args = tyro.cli(Args)
+    model = ppo.Args(**ppo.PRESETS["paper"])
     if args.quick:
         args = replace(args, lengths=(16,), batch=2, acting_steps=8, repeats=2)
         model = replace(model, s5_layers=2, s5_width=32, s5_state=16)
     contenders = make_contenders(model, args.batch)
     plan = [(kind, T) for kind in ("forward", "forward+backward") for T in args.lengths]
-    with jax.default_matmul_precision("float32"):  # no TF32 on GPUs, whose rounding would hide a difference
-        rows = [measure(args, model, contenders, *what) for what in [*plan, ("acting", args.acting_steps)]]
+    plan.append(("acting", args.acting_steps))
+    # no TF32 on GPUs, whose rounding would hide a difference
+    with jax.default_matmul_precision("float32"):
+        rows = [measure(args, model, contenders, kind, T) for kind, T in plan]
     add_shares(rows)
-    shape = {"layers": model.s5_layers, "H": model.s5_width, "P": model.s5_state, "B": args.batch}
-    about, peak = machine(), max(row["peak"] for row in rows)
-    print("S5 stack,", ", ".join(f"{k} {v}" for k, v in shape.items()), f"float32; gru: 1 layer; {about['device']}")
-    print(
-        f"median (minimum) of {args.repeats} rounds; a {'tiny' if args.quick else 'big'} float32 matrix product",
-        end=" ",
-    )
-    print(f"reaches {peak / 1e9:.0f} GFLOP/s; ours and paper agree to {max(r['difference'] for r in rows):.0e}\n")
-    table = [cells(row, "run", "ms", 1e3) for row in rows]
-    table += [cells(rows[-1], "run", "µs a step", 1e6 / args.acting_steps)]
-    table += [cells(row, "compile", "s", 1.0) for row in rows]
-    print_table(("", "T", "ours", "paper", "gru", "paper/ours", "gru/ours", "share of peak"), table)
+
+    shape = {
+        "layers": model.s5_layers,
+        "H": model.s5_width,
+        "P": model.s5_state,
+        "B": args.batch,
+    }
+    sizes = ", ".join(f"{name} {size}" for name, size in shape.items())
+    about = machine()
+    product = "tiny" if args.quick else "big"
+    peak = max(row["peak"] for row in rows)
+    difference = max(row["difference"] for row in rows)
+    print(f"S5 stack, {sizes} float32; gru: 1 layer; {about['device']}")
+    print(f"median (minimum) of {args.repeats} rounds;", end=" ")
+    print(f"a {product} float32 matrix product reaches {peak / 1e9:.0f} GFLOP/s;", end=" ")
+    print(f"ours and paper agree to {difference:.0e}\n")
+    table = [run_cells(row, "ms", 1e3) for row in rows]
+    table.append(run_cells(rows[-1], "µs a step", 1e6 / args.acting_steps))
+    table += [compile_cells(row) for row in rows]
+    print_table(HEADER, table)
+
     if args.json:
-        result = {"shape": shape, "gru_layers": 1, "args": vars(args), "peak_flops": peak, "rows": rows}
-        save_json(args.json, result | about)
+        result = {
+            "shape": shape,
+            "gru_layers": 1,
+            "args": vars(args),
+            "peak_flops": peak,
+            "rows": rows,
+            **about,
+        }
+        save_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ from gymnax.environments import spaces
 
 from popgym_jax import cards, environment
 
-PLAY, WATCH = 0, 1
+PLAY = 0
+WATCH = 1
 SUITS_PER_WORD = 16  # two bits each
 
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
-    seen: suits in the order in which they were dealt, 16 to a word, first card in the lowest two
-    bits of the first word, uint32 (ceil(N / 16),)."""
+    """time: steps taken, int32 ()
+    remaining: undealt cards of each suit, int32 (4,)
+    seen: suits in the order in which they were dealt, 16 to a word, first card in
+        the lowest two bits of the first word, uint32 (ceil(N / 16),)
+    """
 
     remaining: jax.Array
     seen: jax.Array
@@ -27,21 +30,25 @@ class EnvState(environment.EnvState):
 class Autoencode(cards.DeckEnvironment[EnvState]):
     """Watch a stack of cards, then recite it backwards (Morad et al. 2023, POPGym; popgym 1.0.7).
 
-    N = 52 num_decks cards are dealt from a shuffled stack: in mode WATCH (1), one at the reset and
-    one per step. The step that deals the last card switches to mode PLAY (0), in which N answers
-    are due: the suit of the last card first, that of the first card last.
+    N = 52 num_decks cards are dealt from a shuffled stack: in mode WATCH (1), one
+    at the reset and one per step. The step that deals the last card switches to
+    mode PLAY (0), in which N answers are due: the suit of the last card first, that
+    of the first card last.
 
-    Observation: mode one-hot, suit one-hot, float32 (6,): (WATCH, suit of the card just dealt), for
-        the last card (PLAY, its suit), after every answer (PLAY, suit 0).
+    Observation: mode one-hot, suit one-hot, float32 (6,): (WATCH, suit of the card
+        just dealt), for the last card (PLAY, its suit), after every answer (PLAY,
+        suit 0).
     Action: a suit 0..3, integer (); of no effect in WATCH.
-    Reward: 0 in WATCH; in PLAY +1/N if the action is the suit asked for, else -1/N, float32 ().
+    Reward: 0 in WATCH; in PLAY +1/N if the action is the suit asked for, else -1/N,
+        float32 ().
     Return: in [-1, 1]; perfect 1, random -0.5.
-    Episode: 2 N - 1 steps, N of them graded: 103, 207, 311 for Easy, Medium, Hard with 1, 2, 3
-        decks.
+    Episode: 2 N - 1 steps, N of them graded: 103, 207, 311 for Easy, Medium, Hard
+        with 1, 2, 3 decks.
     End: terminated with the answer for the first card; never truncated.
 
-    Reference quirks kept: the last card is shown together with PLAY, and the first answer is that
-    very card; in PLAY the suit part shows spades, which is not to be told from a real spade.
+    Reference quirks kept: the last card is shown together with PLAY, and the first
+    answer is that very card; in PLAY the suit part shows spades, which is not to be
+    told from a real spade.
     """
 
     def __init__(self, num_decks: int = 1, name: str | None = None):
@@ -72,17 +79,22 @@ class Autoencode(cards.DeckEnvironment[EnvState]):
         """Deal, or grade the action: observation (6,), state, reward, terminated, {}."""
         dealt = state.time + 1  # cards on the table, while watching
         watching = dealt < self.num_cards
+
         scale = jnp.float32(1 / self.num_cards)
         asked = suit_from(state.seen, 2 * self.num_cards - 1 - dealt)
-        reward = jnp.where(watching, 0.0, jnp.where(action == asked, scale, -scale))
+        graded = jnp.where(action == asked, scale, -scale)
+        reward = jnp.where(watching, 0.0, graded)
+
         suit = jnp.where(watching, self.deal(key, state.remaining), 0)
         new = suit_at(dealt, suit, len(state.seen))  # nothing in PLAY, as suit 0 is no bit
+        gone = jnp.where(watching, suit, -1)  # no card in PLAY
         state = EnvState(
             time=state.time + 1,
-            remaining=cards.without(state.remaining, jnp.where(watching, suit, -1)),
+            remaining=cards.without(state.remaining, gone),
             seen=state.seen | new,
         )
-        mode = jnp.where(dealt + 1 < self.num_cards, jnp.int32(WATCH), jnp.int32(PLAY))
+        watches_on = dealt + 1 < self.num_cards
+        mode = jnp.where(watches_on, jnp.int32(WATCH), jnp.int32(PLAY))
         observation = mode_and_suit(mode, suit)
         return observation, state, reward, self.is_terminated(state, params), {}
 
@@ -95,7 +107,9 @@ class Autoencode(cards.DeckEnvironment[EnvState]):
 
 def mode_and_suit(mode: jax.Array, suit: jax.Array) -> jax.Array:
     """Both one-hot, float32 (6,)."""
-    return jnp.concatenate([cards.one_hot(mode, 2), cards.one_hot(suit, cards.NUM_SUITS)])
+    one_hot_mode = cards.one_hot(mode, 2)
+    one_hot_suit = cards.one_hot(suit, cards.NUM_SUITS)
+    return jnp.concatenate([one_hot_mode, one_hot_suit])
 
 
 def suit_at(place: jax.Array, suit: jax.Array, words: int) -> jax.Array:

@@ -16,8 +16,10 @@ MAX_BOARD_SIZE = 128  # of so many places a draw of 32 bits chooses one
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); afloat: ship squares that were not hit yet, as
-    bits (see `popgym_jax.boards`), uint32 (words,)."""
+    """time: steps taken, int32 ()
+    afloat: ship squares that were not hit yet, as bits (see `popgym_jax.boards`),
+        uint32 (words,)
+    """
 
     afloat: jax.Array
 
@@ -63,7 +65,8 @@ class Battleship(environment.Environment[EnvState, EnvParams]):
         self.ship_sizes = tuple(ship_sizes)
         self.num_squares = board_size**2
         self.needed_hits = sum(self.ship_sizes)
-        if not self.ship_sizes or not all(self._fits(i) for i in range(len(self.ship_sizes))):
+        all_fit = all(self._fits(i) for i in range(len(self.ship_sizes)))
+        if not self.ship_sizes or not all_fit:
             raise ValueError(
                 f"ship_sizes must be ships that always fit on {board_size} x {board_size} squares,"
                 f" got {ship_sizes}"
@@ -75,7 +78,8 @@ class Battleship(environment.Environment[EnvState, EnvParams]):
 
         Each row is cut into places for it; an occupied square spoils one of them at most.
         """
-        ship, occupied = self.ship_sizes[i], sum(self.ship_sizes[:i])
+        ship = self.ship_sizes[i]
+        occupied = sum(self.ship_sizes[:i])
         return (
             1 <= ship <= self.board_size
             and occupied < self.board_size * (self.board_size // ship)
@@ -88,7 +92,8 @@ class Battleship(environment.Environment[EnvState, EnvParams]):
 
     def place_ships(self, key: jax.Array) -> jax.Array:
         """The squares of all ships, uint32 (words,): the only randomness here."""
-        free = everywhere = jnp.asarray(boards.pack(np.ones(self.num_squares, bool)))
+        everywhere = jnp.asarray(boards.pack(np.ones(self.num_squares, bool)))
+        free = everywhere
         draws = prng.bits(key, len(self.ship_sizes))
         for draw, size in zip(draws, self.ship_sizes, strict=True):
             free &= ~place_ship(draw, free, self.board_size, size)
@@ -107,9 +112,10 @@ class Battleship(environment.Environment[EnvState, EnvParams]):
         hit = boards.overlap(state.afloat, guess)
         gain = jnp.float32(1 / self.needed_hits)
         loss = jnp.float32(-1 / (self.num_squares - self.needed_hits))
+        reward = jnp.where(hit, gain, loss)
         state = EnvState(time=state.time + 1, afloat=state.afloat & ~guess)
         observation = cards.one_hot(hit, 2)
-        return observation, state, jnp.where(hit, gain, loss), self.is_terminated(state, params), {}
+        return observation, state, reward, self.is_terminated(state, params), {}
 
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
         """Every ship is sunk, bool ()."""
@@ -130,13 +136,16 @@ def place_ship(draw: jax.Array, free: jax.Array, board_size: int, ship_size: int
 
     draw: random, uint32 (); free: squares without a ship, uint32 (words,)
     """
-    num_words = len(free)
+    # where its first square may lie
     column = np.arange(board_size**2) % board_size
-    across = free & boards.pack(column <= board_size - ship_size)  # where its first square may lie
+    across = free & boards.pack(column <= board_size - ship_size)
     down = free
     for i in range(1, ship_size):
         across &= boards.earlier(free, i)
         down &= boards.earlier(free, i * board_size)
+
+    # one of these places, and the squares from there on
+    num_words = len(free)
     start = boards.choose(draw, jnp.concatenate([across, down]))
     goes_down = start >= num_words * boards.WORD
     start = jnp.where(goes_down, start - num_words * boards.WORD, start)

@@ -1,8 +1,9 @@
 """Playing cards as integers: the facts that every card environment shares.
 
-A stack of D decks holds the card ids 0 .. 52 D - 1. Deck after deck runs through its ranks, ace
-first and king last, and every rank through the suits spades, diamonds, clubs, hearts; the colour
-is black, red, black, red. All functions take one environment and are meant for `jax.vmap`.
+A stack of D decks holds the card ids 0 .. 52 D - 1. Deck after deck runs through
+its ranks, ace first and king last, and every rank through the suits spades,
+diamonds, clubs, hearts; the colour is black, red, black, red. All functions take
+one environment and are meant for `jax.vmap`.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,8 @@ def num_cards(num_decks: int) -> int:
 class DeckEnvironment(environment.Environment[environment.TEnvState, environment.EnvParams]):
     """Deals a stack of num_decks decks: its episodes terminate after a known number of steps.
 
-    `max_steps_in_episode` is for information only: the deck is what ends an episode.
+    `max_steps_in_episode` is for information only: the deck is what ends an
+    episode.
     """
 
     def __init__(self, num_decks: int, episode_length: int, name: str | None):
@@ -75,17 +77,18 @@ def colour(card: jax.Array) -> jax.Array:
 
 
 def full_counts(num_decks: int, num_kinds: int) -> jax.Array:
-    """How many cards of each kind (suit, rank or colour) fresh decks hold, int32 (num_kinds,)."""
-    return jnp.full(num_kinds, num_decks * DECK_SIZE // num_kinds, jnp.int32)
+    """How many cards of each suit, rank or colour fresh decks hold, int32 (num_kinds,)."""
+    of_each = num_decks * DECK_SIZE // num_kinds
+    return jnp.full(num_kinds, of_each, jnp.int32)
 
 
 def deal(key: jax.Array, remaining: jax.Array) -> jax.Array:
     """Kind of the next card from a shuffled stack of which only the counts are known.
 
-    Where only the kind of a card matters (its suit, say), a shuffled deck need not be stored: the
-    next card is of kind i with probability remaining[i] / sum(remaining), whatever was dealt
-    before, which is the law of a uniform shuffle. That makes a reset as cheap as a step and
-    keeps the state small.
+    Where only the kind of a card matters (its suit, say), a shuffled deck need not
+    be stored: the next card is of kind i with probability remaining[i] /
+    sum(remaining), whatever was dealt before, which is the law of a uniform
+    shuffle. That makes a reset as cheap as a step and keeps the state small.
 
     remaining: cards left of each kind, int32 (kinds,), not all zero
     Returns the kind, int32 ().
@@ -96,19 +99,21 @@ def deal(key: jax.Array, remaining: jax.Array) -> jax.Array:
 def pick(word: jax.Array, remaining: jax.Array) -> jax.Array:
     """`deal` from a random word, uint32 ()."""
     kinds = remaining.shape[0]
-    # cards up to and including each kind, one by one: as a cumsum or a sum over a triangle of
-    # ones they would not fuse into a loop over environments
-    last_of_kind = [remaining[0]]
+    # cards up to and including each kind, one by one: as a cumsum or a sum over a
+    # triangle of ones they would not fuse into a loop over environments
+    up_to_kind = [remaining[0]]
     for i in range(1, kinds):
-        last_of_kind.append(last_of_kind[-1] + remaining[i])
-    card = prng.integer(word, last_of_kind[-1])
-    kind = sum(((card >= last).astype(jnp.int32) for last in last_of_kind), jnp.int32(0))
+        up_to_kind.append(up_to_kind[-1] + remaining[i])
+    card = prng.integer(word, up_to_kind[-1])
+    kind = jnp.int32(0)
+    for count in up_to_kind:
+        kind = kind + (card >= count).astype(jnp.int32)
     return jax.lax.optimization_barrier(kind)  # or XLA computes it again for each use
 
 
 def without(remaining: jax.Array, kind: jax.Array) -> jax.Array:
     """The counts after one card of that kind has gone, int32 (kinds,)."""
-    # not remaining - (.. == kind), whose conversion of a comparison makes it four times as slow
+    # not remaining - (.. == kind), where the conversion of a comparison makes it four times as slow
     kinds = jnp.arange(remaining.shape[0], dtype=jnp.int32)
     return jnp.where(kinds == kind, remaining - 1, remaining)
 
@@ -116,15 +121,18 @@ def without(remaining: jax.Array, kind: jax.Array) -> jax.Array:
 def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
     """Uniformly random order of all card ids, int32 (52 num_decks,).
 
-    Each position draws 32 random bits and gets its place in the order of these draws (equal draws,
-    once in 800 000 shuffles of two decks, keep their order). Counting the smaller draws takes
-    N^2 comparisons but vectorises: on CPU it is two to three times as fast as sorting up to three
-    decks; from about six decks on, sorting wins.
+    Each position draws 32 random bits and gets its place in the order of these
+    draws (equal draws, once in 800 000 shuffles of two decks, keep their order).
+    Counting the smaller draws takes N^2 comparisons but vectorises: on CPU it is
+    two to three times as fast as sorting up to three decks; from about six decks
+    on, sorting wins.
     """
     draws = prng.bits(key, num_decks * DECK_SIZE)  # (N,)
     position = jnp.arange(draws.shape[0], dtype=jnp.int32)
-    tie_before = (draws[None, :] == draws[:, None]) & (position[None, :] < position[:, None])
-    before = (draws[None, :] < draws[:, None]) | tie_before  # (N, N)
+    tied = draws[None, :] == draws[:, None]  # (N, N)
+    earlier = position[None, :] < position[:, None]
+    smaller = draws[None, :] < draws[:, None]
+    before = smaller | (tied & earlier)
     return jnp.sum(before, axis=1, dtype=jnp.int32)
 
 

@@ -30,7 +30,9 @@ OBSERVATION_BOUND = np.array([2 * X_LIMIT, 2 * THETA_LIMIT], np.float32)
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); physics: x, x_dot, theta, theta_dot, float32 (4,)."""
+    """time: steps taken, int32 ()
+    physics: x, x_dot, theta, theta_dot, float32 (4,)
+    """
 
     physics: jax.Array
 
@@ -191,11 +193,12 @@ def euler_step(physics: jax.Array, action: jax.Array) -> jax.Array:
     """
     x, x_dot, theta, theta_dot = physics
     push = jnp.where(action == 1, jnp.float32(FORCE), jnp.float32(-FORCE))
-    sin, cos = jnp.sin(theta), jnp.cos(theta)
+    sin = jnp.sin(theta)
+    cos = jnp.cos(theta)
     f = (push + MASS_POLE_LENGTH * theta_dot**2 * sin) / MASS_TOTAL
-    theta_ddot = (GRAVITY * sin - cos * f) / (
-        HALF_LENGTH * (4 / 3 - MASS_POLE * cos**2 / MASS_TOTAL)
-    )
+    pull = GRAVITY * sin - cos * f
+    lever = HALF_LENGTH * (4 / 3 - MASS_POLE * cos**2 / MASS_TOTAL)
+    theta_ddot = pull / lever
     x_ddot = f - MASS_POLE_LENGTH * theta_ddot * cos / MASS_TOTAL
     velocity = jnp.stack([x_dot, x_ddot, theta_dot, theta_ddot])
     return physics + TIME_STEP * velocity

@@ -17,10 +17,13 @@ POSITIONS_PER_WORD = 26  # half a deck, so that words are full
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); kinds: of the cards by position, int8 (N,); faces: the same as
-    the observation of an open table, int8 (N (K+1),); face_up: positions of the pairs found, bits
-    in the order of `position_bits`, uint32 (N / 26,); first: position of the card that waits for
-    its partner, or -1, int32 ()."""
+    """time: steps taken, int32 ()
+    kinds: of the cards by position, int8 (N,)
+    faces: the same as the observation of an open table, int8 (N (K+1),)
+    face_up: positions of the pairs found, bits in the order of `position_bits`,
+        uint32 (N / 26,)
+    first: position of the card that waits for its partner, or -1, int32 ()
+    """
 
     kinds: jax.Array
     faces: jax.Array
@@ -38,34 +41,40 @@ class EnvParams(environment.EnvParams):
 class Concentration(environment.Environment[EnvState, EnvParams]):
     """Turn over cards two by two to find pairs (Morad et al. 2023, POPGym; popgym 1.0.7).
 
-    N = 52 num_decks shuffled cards lie face down. Two cards make a pair if they are of the same
-    kind: K = 2 colours or 13 ranks. A step turns over one card; the second of two in play either
-    completes a pair, and both stay face up, or both are turned back after they have been seen.
+    N = 52 num_decks shuffled cards lie face down. Two cards make a pair if they are
+    of the same kind: K = 2 colours or 13 ranks. A step turns over one card; the
+    second of two in play either completes a pair, and both stay face up, or both
+    are turned back after they have been seen.
 
-    Observation: for each position the kind in view, or K for face down, one-hot, float32
-        (N (K+1),). In view are the pairs found and the one or two cards in play.
+    Observation: for each position the kind in view, or K for face down, one-hot,
+        float32 (N (K+1),). In view are the pairs found and the one or two cards in
+        play.
     Action: a position 0..N-1, integer ().
-    Reward: +2/N for a pair; -2/L for two cards that are no pair or the same card twice, with
-        L = max_steps_in_episode; 0 for the first card; -1/L for each card in play if one of them
-        was face up before, float32 ().
+    Reward: +2/N for a pair; -2/L for two cards that are no pair or the same card
+        twice, with L = max_steps_in_episode; 0 for the first card; -1/L for each
+        card in play if one of them was face up before, float32 ().
     Return: in [-1, 1]; random -0.19, -0.19, -0.83 for Easy, Medium, Hard.
-    Episode: at most L = ceil(2 N - N/(2 N - 1)) steps: 104, 208, 104 for Easy, Medium, Hard with
-        num_decks, deck_type = 1, colors and 2, colors and 1, ranks.
-    End: terminated with the last pair; truncated at L; the last pair on the last step is both.
+    Episode: at most L = ceil(2 N - N/(2 N - 1)) steps: 104, 208, 104 for Easy,
+        Medium, Hard with num_decks, deck_type = 1, colors and 2, colors and 1,
+        ranks.
+    End: terminated with the last pair; truncated at L; the last pair on the last
+        step is both.
 
-    Reference quirks kept: a card that was face up before ends the turn, even as the first card, and
-    takes the other card in play with it; cards pair by kind alone, so any two reds do.
+    Reference quirks kept: a card that was face up before ends the turn, even as the
+    first card, and takes the other card in play with it; cards pair by kind alone,
+    so any two reds do.
     """
 
     costly_reset = True
     obs_requires_prev_action = True
 
     def __init__(self, num_decks: int = 1, deck_type: str = "ranks", name: str | None = None):
-        self.num_cards = n = cards.num_cards(num_decks)
+        self.num_cards = cards.num_cards(num_decks)
         self.num_decks = num_decks
         self.deck_type = deck_type
         # 13 cards of a suit cannot all be paired
         self.num_kinds = cards.num_kinds(deck_type, ("colors", "ranks"))
+        n = self.num_cards
         self.episode_length = math.ceil(2 * n - n / (2 * n - 1))
         super().__init__(name)
 
@@ -105,13 +114,17 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
         was_up = jnp.any((state.face_up & turned) != 0)  # the first card is never up before
         same_kind = state.kinds[state.first] == state.kinds[action]
         pair = two & ~was_up & same_kind & (action != state.first)
+
         cards_in_play = 1.0 + two.astype(jnp.float32)
         penalty = -cards_in_play / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         found = jnp.float32(2 / self.num_cards)
-        reward = jnp.where(pair, found, jnp.where(two | was_up, penalty, 0.0))
+        no_pair = jnp.where(two | was_up, penalty, 0.0)
+        reward = jnp.where(pair, found, no_pair)
+
+        new_pair = jnp.where(pair, in_play, np.uint32(0))
         state = state.replace(
             time=state.time + 1,
-            face_up=state.face_up | jnp.where(pair, in_play, np.uint32(0)),
+            face_up=state.face_up | new_pair,
             first=jnp.where(two | was_up, NO_CARD, action),
         )
         return observation, state, reward, self.is_terminated(state, params), {}
@@ -119,14 +132,16 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
     def in_view(self, faces: jax.Array, visible: jax.Array) -> jax.Array:
         """The faces of the cards at the visible positions, K for the others, float32 (N (K+1),).
 
-        A cheap loop over the numbers of the observation, each with the word and the bit of its
-        position; with the positions as an axis of their own it takes three times as long.
+        A cheap loop over the numbers of the observation, each with the word and the
+        bit of its position; with the positions as an axis of their own it takes
+        three times as long.
         """
         position, kind = np.divmod(np.arange(len(faces)), self.num_kinds + 1)
         word, bit = np.divmod(position, POSITIONS_PER_WORD)
         seen = jnp.zeros(len(faces), jnp.uint32)
         for i in range(len(visible)):
-            seen |= visible[i] & np.where(word == i, 1 << bit, 0).astype(np.uint32)
+            bit_of_word = np.where(word == i, 1 << bit, 0).astype(np.uint32)
+            seen |= visible[i] & bit_of_word
         face_down = (kind == self.num_kinds).astype(np.int8)
         return jnp.where(seen != 0, faces, face_down).astype(jnp.float32)
 
@@ -142,7 +157,7 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
 
 
 def position_bits(position: jax.Array, num_cards: int) -> jax.Array:
-    """The bit of one position, none for -1, uint32 (num_cards / 26,); position 0 is the lowest."""
+    """The bit of one position, none for -1, uint32 (num_cards / 26,); 0 is the lowest."""
     word = jnp.arange(num_cards // POSITIONS_PER_WORD, dtype=jnp.int32)
     bit = np.uint32(1) << (position % POSITIONS_PER_WORD).astype(jnp.uint32)
     return jnp.where(word == position // POSITIONS_PER_WORD, bit, np.uint32(0))

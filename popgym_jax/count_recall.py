@@ -12,8 +12,11 @@ from popgym_jax import cards, environment, prng
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); remaining_values, remaining_queries: undealt cards of each kind
-    in the two stacks, int32 (K,); query: kind that is being asked for, int32 ()."""
+    """time: steps taken, int32 ()
+    remaining_values: undealt cards of each kind in the stack of values, int32 (K,)
+    remaining_queries: the same in the stack of queries, int32 (K,)
+    query: kind that is being asked for, int32 ()
+    """
 
     remaining_values: jax.Array
     remaining_queries: jax.Array
@@ -23,22 +26,22 @@ class EnvState(environment.EnvState):
 class CountRecall(cards.DeckEnvironment[EnvState]):
     """Say how often a kind of card has been seen (Morad et al. 2023, POPGym; popgym 1.0.7).
 
-    Two stacks of N = 52 num_decks cards are shuffled independently. A value card and a query card
-    are dealt at the reset and at every step, and only their kinds count: K = 2 colours, 4 suits or
-    13 ranks, N/K cards of each.
+    Two stacks of N = 52 num_decks cards are shuffled independently. A value card
+    and a query card are dealt at the reset and at every step, and only their kinds
+    count: K = 2 colours, 4 suits or 13 ranks, N/K cards of each.
 
     Observation: kind of the value, kind of the query, both one-hot, float32 (2 K,).
     Action: a count 0..N/K, integer ().
-    Reward: +1/(N-1) if the action is the number of value cards of the queried kind dealt so far,
-        the one in view included, else -1/(N-1), float32 ().
+    Reward: +1/(N-1) if the action is the number of value cards of the queried kind
+        dealt so far, the one in view included, else -1/(N-1), float32 ().
     Return: in [-1, 1]; perfect 1, random 2/(N/K + 1) - 1.
-    Episode: N-1 steps: 51, 103, 207 for Easy, Medium, Hard with num_decks, deck_type = 1, colors
-        and 2, suits and 4, ranks; 27, 27, 17 actions.
+    Episode: N-1 steps: 51, 103, 207 for Easy, Medium, Hard with num_decks,
+        deck_type = 1, colors and 2, suits and 4, ranks; 27, 27, 17 actions.
     End: terminated with the step that deals the last cards; never truncated.
 
-    Reference quirks kept: only the exact count pays, although its description promises a reward
-    that falls off linearly (error_clamp, which has no effect there, is left out); the last query is
-    shown but there is no answer to it.
+    Reference quirks kept: only the exact count pays, although its description
+    promises a reward that falls off linearly (error_clamp, which has no effect
+    there, is left out); the last query is shown but there is no answer to it.
     """
 
     def __init__(self, num_decks: int = 1, deck_type: str = "colors", name: str | None = None):
@@ -78,8 +81,9 @@ class CountRecall(cards.DeckEnvironment[EnvState]):
         scale = jnp.float32(1 / (self.num_cards - 1))
         queried = jnp.arange(self.num_kinds, dtype=jnp.int32) == state.query
         left = jnp.sum(jnp.where(queried, state.remaining_values, 0), dtype=jnp.int32)
-        count = self.max_count - left
-        reward = jnp.where(action == count, scale, -scale)
+        dealt = self.max_count - left
+        reward = jnp.where(action == dealt, scale, -scale)
+
         value, query = self.deal(key, state.remaining_values, state.remaining_queries)
         state = EnvState(
             time=state.time + 1,
@@ -92,8 +96,9 @@ class CountRecall(cards.DeckEnvironment[EnvState]):
 
     def value_and_query(self, value: jax.Array, query: jax.Array) -> jax.Array:
         """Both one-hot, float32 (2 K,)."""
-        parts = [cards.one_hot(kind, self.num_kinds) for kind in (value, query)]
-        return jnp.concatenate(parts)
+        one_hot_value = cards.one_hot(value, self.num_kinds)
+        one_hot_query = cards.one_hot(query, self.num_kinds)
+        return jnp.concatenate([one_hot_value, one_hot_query])
 
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.max_count + 1)

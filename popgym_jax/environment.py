@@ -36,18 +36,21 @@ class EnvParams(environment.EnvParams):
 class Environment(environment.Environment[TEnvState, TEnvParams]):
     """A gymnax environment with a name and an auto-reset that costs what it needs to cost.
 
-    `reset(key, params) -> obs, state` and `step(key, state, action, params) -> obs, state, reward,
-    terminated, truncated, info`, as in gymnax, where `step` opens a new episode itself and
-    `info["final_observation"]` is the last observation of the old one (of every step, in fact).
-    gymnax computes a reset at every step; here `step`, vmapped or not, does so only when an episode
-    ends, and where a reset is costly (`costly_reset`) only for the environments that need it.
+    `reset(key, params) -> obs, state` and `step(key, state, action, params) -> obs,
+    state, reward, terminated, truncated, info`, as in gymnax, where `step` opens a
+    new episode itself and `info["final_observation"]` is the last observation of
+    the old one (of every step, in fact). gymnax computes a reset at every step;
+    here `step`, vmapped or not, does so only when an episode ends, and where a
+    reset is costly (`costly_reset`) only for the environments that need it.
 
-    `step` can be differentiated, in forward and in reverse mode: with respect to the state, the
-    action and the parameters it has the derivative of `step_env` where no episode ended. Where one
-    did, the fresh observation and state depend on nothing, and their derivative is zero; that of
-    the reward and of info["final_observation"] is the one of `step_env` all the same.
+    `step` can be differentiated, in forward and in reverse mode: with respect to
+    the state, the action and the parameters it has the derivative of `step_env`
+    where no episode ended. Where one did, the fresh observation and state depend on
+    nothing, and their derivative is zero; that of the reward and of
+    info["final_observation"] is the one of `step_env` all the same.
 
-    obs_requires_prev_action: the reference says that an agent should see its previous action.
+    obs_requires_prev_action: the reference says that an agent should see its
+        previous action.
     """
 
     # in gymnax's words; `with_transition_gradients` has nothing to switch on
@@ -68,26 +71,34 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
     def num_actions(self) -> int:
         """Number of discrete actions, or the size of a continuous action."""
         space = self.action_space(self.default_params)
-        return space.n if isinstance(space, spaces.Discrete) else math.prod(space.shape)
+        if isinstance(space, spaces.Discrete):
+            return space.n
+        return math.prod(space.shape)
 
     @partial(jax.jit, static_argnames=("self",))
     def step(
         self, key: jax.Array, state: Any, action: Any, params: Any = None
     ) -> tuple[Any, Any, jax.Array, jax.Array, jax.Array, dict[Any, Any]]:
         """One step, and a fresh episode after the last one: see the class."""
-        params = self.default_params if params is None else params
+        if params is None:
+            params = self.default_params
         obs, state, reward, terminated, info = self.step_env(key, state, action, params)
         truncated = self.is_truncated(state, params)
-        ends = {"terminated": terminated, "truncated": truncated, "final_observation": obs}
+        info = {
+            **info,
+            "terminated": terminated,
+            "truncated": truncated,
+            "final_observation": obs,
+        }
         done = terminated | truncated
         obs, state = self._reset_where(done, key, params, (obs, state))
-        return obs, state, reward, terminated, truncated, {**info, **ends}
+        return obs, state, reward, terminated, truncated, info
 
     def _reset_where(self, done: jax.Array, key: jax.Array, params: Any, current: Any) -> Any:
         """Observation and state, replaced by fresh ones where `done`.
 
-        vmap has its own rule, which skips the reset where no episode ends, and so has
-        differentiation, which cannot look into a function with a rule for vmap.
+        vmap has its own rule, which skips the reset where no episode ends, and so
+        has differentiation, which cannot look into a function with a rule for vmap.
         """
 
         @jax.custom_batching.custom_vmap
@@ -96,13 +107,17 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
 
         @choose.def_vmap
         def batched(size, is_batched, done, key, params, current):
-            def stacked(x, yes):
-                return x if yes else jnp.broadcast_to(x, (size, *jnp.shape(x)))
+            done_batched, key_batched, params_batched, current_batched = is_batched
 
-            rows = jax.tree.map(stacked, (done, key, current), (*is_batched[:2], is_batched[3]))
-            axes = jax.tree.map(lambda yes: 0 if yes else None, is_batched[2])
+            def stacked(x, x_batched):
+                return x if x_batched else jnp.broadcast_to(x, (size, *jnp.shape(x)))
+
+            done = stacked(done, done_batched)
+            key = stacked(key, key_batched)
+            current = jax.tree.map(stacked, current, current_batched)
+            axes = jax.tree.map(lambda batched: 0 if batched else None, params_batched)
             reset = _reset_chunks if self.costly_reset and size > CHUNK else _reset_all
-            current = reset(self._fresh, *rows, params, axes)
+            current = reset(self._fresh, done, key, current, params, axes)
             return current, jax.tree.map(lambda _: True, current)
 
         @jax.custom_jvp
@@ -111,14 +126,19 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
 
         @reset_where.defjvp
         def derivative(primals, tangents):
-            # A fresh episode does not depend on the old one. On the parameters it may (a scale of
-            # the noise, say), but that is left out: a reset is a draw and counts as a constant.
+            # A fresh episode does not depend on the old one. On the parameters it may (a
+            # scale of the noise, say), but that is left out: a reset is a draw and counts
+            # as a constant.
+            done, key, params, current = primals
+            _, _, _, current_tangent = tangents
+
             def kept(tangent):
                 if tangent.dtype == jax.dtypes.float0:  # of integers, bools and keys
                     return tangent
-                return jnp.where(primals[0], jnp.zeros_like(tangent), tangent)
+                return jnp.where(done, jnp.zeros_like(tangent), tangent)
 
-            return reset_where(*primals), jax.tree.map(kept, tangents[3])
+            replaced = reset_where(done, key, params, current)
+            return replaced, jax.tree.map(kept, current_tangent)
 
         return reset_where(done, key, params, current)
 
@@ -132,9 +152,11 @@ def _reset_all(fresh: Any, done: Any, key: Any, current: Any, params: Any, axes:
 
     def with_resets():
         def choose(new, old):
-            return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            mask = done.reshape(-1, *[1] * (old.ndim - 1))  # (B, 1, ..)
+            return jnp.where(mask, new, old)
 
-        return jax.tree.map(choose, jax.vmap(fresh, (0, axes))(key, params), current)
+        everywhere = jax.vmap(fresh, (0, axes))(key, params)
+        return jax.tree.map(choose, everywhere, current)
 
     return jax.lax.cond(done.any(), with_resets, lambda: current)
 
@@ -143,13 +165,24 @@ def _reset_chunks(fresh: Any, done: Any, key: Any, current: Any, params: Any, ax
     """Reset those that are done, CHUNK at a time; done (B,), leaves (B, ...)."""
     size = len(done)
 
+    def some_left(loop):
+        left, _ = loop
+        return left.any()
+
     def reset_some(loop):
         left, current = loop
-        chosen = jnp.nonzero(left, size=CHUNK, fill_value=size)[0]  # beyond the end: none
+        (chosen,) = jnp.nonzero(left, size=CHUNK, fill_value=size)  # beyond the end: none
         row = jnp.minimum(chosen, size - 1)
-        some_params = jax.tree.map(lambda x, axis: x if axis is None else x[row], params, axes)
-        some = jax.vmap(fresh, (0, axes))(key[row], some_params)
-        current = jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), current, some)
+
+        def of_rows(x, axis):
+            return x if axis is None else x[row]
+
+        def put(x, new):
+            return x.at[chosen].set(new, mode="drop")
+
+        some = jax.vmap(fresh, (0, axes))(key[row], jax.tree.map(of_rows, params, axes))
+        current = jax.tree.map(put, current, some)
         return left.at[chosen].set(False, mode="drop"), current
 
-    return jax.lax.while_loop(lambda loop: loop[0].any(), reset_some, (done, current))[1]
+    _, current = jax.lax.while_loop(some_left, reset_some, (done, current))
+    return current

@@ -41,8 +41,9 @@ NUM_SEEDS = 2**64  # as many as a key has values
 class Play(NamedTuple):
     """Where a game stands between two calls.
 
-    key: random bits left, uint32 (2,); obs: observation of `state`, (O,); state: of the JAX
-    environment, after the end of an episode that of the next one
+    key: random bits left, uint32 (2,)
+    obs: observation of `state`, (O,)
+    state: of the JAX environment, after the end of an episode that of the next one
     """
 
     key: jax.Array
@@ -108,7 +109,8 @@ class GymnasiumView(gymnasium.Env[np.ndarray, Any]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """First observation (O,) and an empty info; `options` are ignored."""
         _refuse_in_a_fork()
-        seed = None if seed is None else _checked_seed(seed)
+        if seed is not None:
+            seed = _checked_seed(seed)
         super().reset(seed=seed)
         if self._play is None and seed is None:
             seed = int(self.np_random.integers(2**63))
@@ -127,10 +129,11 @@ class GymnasiumView(gymnasium.Env[np.ndarray, Any]):
         action = _checked(action, self.action_space, ())
         self._play, step = _step_one(self.jax_env, self._play, action)
         step = jax.device_get(step)
-        self._ended = bool(step.terminated | step.truncated)
+        terminated = bool(step.terminated)
+        truncated = bool(step.truncated)
+        self._ended = terminated or truncated
         info = {name: _plain(value) for name, value in step.info.items()}
-        flags = bool(step.terminated), bool(step.truncated)
-        return np.array(step.obs), float(step.reward), *flags, info
+        return np.array(step.obs), float(step.reward), terminated, truncated, info
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GymnasiumView":
         return _deepcopy(self, memo)
@@ -176,10 +179,12 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         _refuse_in_a_fork()
         seeds = self._seeds(seed)
         mask = self._mask(options)
-        super().reset(seed=seeds[0] if isinstance(seed, (int, np.integer)) else None)
+        is_one = isinstance(seed, (int, np.integer))
+        super().reset(seed=seeds[0] if is_one else None)
         if self._play is None:
             drawn = self.np_random.integers(2**63, size=self.num_envs).tolist()
-            seeds = [new if one is None else one for one, new in zip(seeds, drawn, strict=True)]
+            pairs = zip(seeds, drawn, strict=True)
+            seeds = [new if own is None else own for own, new in pairs]
         seeded = mask & np.array([one is not None for one in seeds])
         words = np.array([_words(one or 0) for one in seeds])
         restarted = seeded | (mask & ~self._ended)
@@ -208,23 +213,23 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         self._play, step = _step_all(self.jax_env, self._play, actions, waiting)
         step = jax.device_get(step)
         ended = step.terminated | step.truncated
-        stepped = np.ones(self.num_envs, bool) if waiting is None else ~waiting
+
         infos: dict[str, Any] = {}
-        self._obs = step.obs
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             if ended.any():
-                final_obs = np.full(self.num_envs, None, object)
-                for i in np.flatnonzero(ended):
-                    final_obs[i] = step.obs[i].copy()
-                infos |= {"final_obs": final_obs, "final_info": _batch_info(step.info, ended)}
-                infos |= {"_final_obs": ended.copy(), "_final_info": ended.copy()}
-            stepped = ~ended
+                infos = _final_infos(step.obs, step.info, ended)
+            infos |= _batch_info(step.info, ~ended)
             self._obs = np.asarray(self._play.obs)
         else:
+            stepped = np.ones(self.num_envs, bool) if waiting is None else ~waiting
+            infos = _batch_info(step.info, stepped)
+            self._obs = step.obs
             self._ended = ended
-        infos |= _batch_info(step.info, stepped)
-        flags = step.terminated.copy(), step.truncated.copy()
-        return self._obs.copy(), step.reward.astype(np.float64), *flags, infos
+
+        reward = step.reward.astype(np.float64)
+        terminated = step.terminated.copy()
+        truncated = step.truncated.copy()
+        return self._obs.copy(), reward, terminated, truncated, infos
 
     def _seeds(self, seed: Any) -> list[int | None]:
         """The seed of each environment; None where it goes on with the random bits that it has."""
@@ -244,8 +249,8 @@ class GymnasiumVectorView(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
 
     def _mask(self, options: dict[str, Any] | None) -> np.ndarray:
         """Which environments to reset, bool (B,)."""
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-        mask = np.asarray(mask)
+        everywhere = np.ones(self.num_envs, bool)
+        mask = np.asarray((options or {}).get("reset_mask", everywhere))
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
                 f"reset_mask must be bool ({self.num_envs},) with at least one True, "
@@ -266,18 +271,23 @@ def _start(env: Environment, words: jax.Array) -> Play:
     """A fresh episode from random bits, uint32 (2,)."""
     key, key_reset = _split(words)
     obs, state = env.reset(key_reset)
-    return Play(jax.random.key_data(key), obs, state)
+    return Play(key=jax.random.key_data(key), obs=obs, state=state)
 
 
 def _step(env: Environment, play: Play, action: jax.Array) -> tuple[Play, Step]:
     """One step; a finished episode is followed by the next one in the Play, not in the Step."""
     key, key_step = _split(play.key)
     obs, state, reward, terminated, truncated, info = env.step(key_step, play.state, action)
-    obs_last = info["final_observation"]
-    own = ("terminated", "truncated", "final_observation")
-    info = {name: value for name, value in info.items() if name not in own}
-    play = Play(jax.random.key_data(key), obs, state)
-    return play, Step(obs_last, reward, terminated, truncated, info)
+    fields = ("terminated", "truncated", "final_observation")
+    step = Step(
+        obs=info["final_observation"],
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        info={name: value for name, value in info.items() if name not in fields},
+    )
+    play = Play(key=jax.random.key_data(key), obs=obs, state=state)
+    return play, step
 
 
 def _split(words: jax.Array) -> jax.Array:
@@ -312,16 +322,22 @@ def _step_all(env: Environment, play: Play, actions: Any, waiting: Any) -> tuple
 
 def _where(mask: Any, yes: Any, no: Any) -> Any:
     """Row by row; mask (B,), leaves (B, ...)."""
-    return jax.tree.map(
-        lambda x, y: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y), yes, no
-    )
+
+    def choose(x, y):
+        rows = mask.reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ..)
+        return jnp.where(rows, x, y)
+
+    return jax.tree.map(choose, yes, no)
 
 
 # ---------------------------------------------------------------- between the two worlds
 
 
 def _environment(env: str | Environment) -> Environment:
-    return _named_environment(registration.canonical_name(env)) if isinstance(env, str) else env
+    """The environment, if need be by its name."""
+    if isinstance(env, str):
+        return _named_environment(registration.canonical_name(env))
+    return env
 
 
 @functools.cache
@@ -333,10 +349,9 @@ def _named_environment(name: str) -> Environment:
 def _spaces(env: Environment) -> tuple[Any, Any]:
     """gymnasium's observation and action space."""
     params = env.default_params
-    return tuple(
-        gymnax_space_to_gym_space(space)
-        for space in (env.observation_space(params), env.action_space(params))
-    )
+    observation_space = gymnax_space_to_gym_space(env.observation_space(params))
+    action_space = gymnax_space_to_gym_space(env.action_space(params))
+    return observation_space, action_space
 
 
 def _spec(name: str) -> gymnasium.envs.registration.EnvSpec:
@@ -395,11 +410,8 @@ def _checked(action: Any, space: Any, batch: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"action must have shape {shape}, got {action.shape}")
     if isinstance(space, gymnasium.spaces.Box):
         return action.astype(space.dtype)
-    if (
-        not np.issubdtype(action.dtype, np.integer)
-        or (action < 0).any()
-        or (action >= space.n).any()
-    ):
+    is_integer = np.issubdtype(action.dtype, np.integer)
+    if not is_integer or (action < 0).any() or (action >= space.n).any():
         raise ValueError(f"action must be an integer 0 to {space.n - 1}, got {action}")
     return action.astype(np.int32)
 
@@ -412,18 +424,35 @@ def _plain(value: np.ndarray) -> Any:
 def _batch_info(info: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:
     """The infos of the environments in `mask` as gymnasium batches them: `name` and `_name`."""
     batched: dict[str, Any] = {}
-    for name, value in info.items() if mask.any() else ():
+    if not mask.any():
+        return batched
+    for name, value in info.items():
         if value.ndim == 1:  # numbers, which single environments give as Python's
             value = value.astype(type(value[0].item()))
-        rows = mask.reshape(-1, *[1] * (value.ndim - 1))
-        batched |= {name: np.where(rows, value, np.zeros_like(value)), f"_{name}": mask.copy()}
+        rows = mask.reshape(-1, *[1] * (value.ndim - 1))  # (B, 1, ..)
+        batched[name] = np.where(rows, value, np.zeros_like(value))
+        batched[f"_{name}"] = mask.copy()
     return batched
+
+
+def _final_infos(obs: np.ndarray, info: dict[str, np.ndarray], ended: np.ndarray) -> dict[str, Any]:
+    """The last observations (B, O) and infos of the episodes that have `ended`, bool (B,)."""
+    final_obs = np.full(len(ended), None, object)
+    for i in np.flatnonzero(ended):
+        final_obs[i] = obs[i].copy()
+    return {
+        "final_obs": final_obs,
+        "final_info": _batch_info(info, ended),
+        "_final_obs": ended.copy(),
+        "_final_info": ended.copy(),
+    }
 
 
 def _deepcopy(view: Any, memo: dict[int, Any]) -> Any:
     """A copy in the same position; the JAX environment is shared, with its programs."""
     memo[id(view.jax_env)] = view.jax_env
-    other = memo[id(view)] = object.__new__(type(view))
+    other = object.__new__(type(view))
+    memo[id(view)] = other
     other.__dict__ = copy.deepcopy(view.__dict__, memo)
     return other
 

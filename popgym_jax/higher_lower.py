@@ -14,8 +14,10 @@ HIGHER = 0
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); remaining: undealt cards of each rank, int32 (13,);
-    rank: of the card in view, int32 ()."""
+    """time: steps taken, int32 ()
+    remaining: undealt cards of each rank, int32 (13,)
+    rank: of the card in view, int32 ()
+    """
 
     remaining: jax.Array
     rank: jax.Array
@@ -53,7 +55,9 @@ class HigherLower(cards.DeckEnvironment[EnvState]):
         full = cards.full_counts(self.num_decks, cards.NUM_RANKS)
         rank = self.deal(key, full)
         state = EnvState(
-            time=jnp.zeros((), jnp.int32), remaining=cards.without(full, rank), rank=rank
+            time=jnp.zeros((), jnp.int32),
+            remaining=cards.without(full, rank),
+            rank=rank,
         )
         return cards.one_hot(rank, cards.NUM_RANKS), state
 
@@ -64,9 +68,12 @@ class HigherLower(cards.DeckEnvironment[EnvState]):
         rank = self.deal(key, state.remaining)
         scale = jnp.float32(1 / self.num_cards)
         correct = (rank > state.rank) == (action == HIGHER)
-        reward = jnp.where(rank == state.rank, 0.0, jnp.where(correct, scale, -scale))
+        grade = jnp.where(correct, scale, -scale)
+        reward = jnp.where(rank == state.rank, 0.0, grade)
         state = EnvState(
-            time=state.time + 1, remaining=cards.without(state.remaining, rank), rank=rank
+            time=state.time + 1,
+            remaining=cards.without(state.remaining, rank),
+            rank=rank,
         )
         observation = cards.one_hot(rank, cards.NUM_RANKS)
         return observation, state, reward, self.is_terminated(state, params), {}

@@ -10,7 +10,11 @@ from gymnax.environments import spaces
 
 from popgym_jax import environment, maze, prng
 
-FREE, OBSTACLE, START, GOAL = range(4)  # what a square can be
+# what a square can be
+FREE = 0
+OBSTACLE = 1
+START = 2
+GOAL = 3
 NUM_CODES = 5  # the reference has a fifth for squares that it hides, and never shows it
 CODE_BITS = 3
 VIEW = 3  # squares along a side of the view
@@ -20,8 +24,11 @@ NO_ACTION = 4
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); walls: the board of obstacles, uint32 (2w + 2,), see maze.py;
-    start, position: row and column where the agent began and where it is, int32 (2,)."""
+    """time: steps taken, int32 ()
+    walls: the board of obstacles, uint32 (2w + 2,), see maze.py
+    start: row and column where the agent began, int32 (2,)
+    position: row and column where the agent is, int32 (2,)
+    """
 
     walls: jax.Array
     start: jax.Array
@@ -79,7 +86,7 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
         return EnvParams(max_steps_in_episode=self.episode_length - 1)
 
     def draw_maze(self, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A random maze: walls, uint32 (2w + 2,), still without entrances; start and end, (2,)."""
+        """A random maze: walls without entrances, uint32 (2w + 2,), start and end, int32 (2,)."""
         words = prng.bits(key, 2 * self.size**2 + 2)
         start, end = maze.entrances(words[:3], self.size)
         return maze.generate(words[3:], self.size), start, end
@@ -96,21 +103,27 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
     def view(self, state: TState) -> jax.Array:
         """Codes of the nine squares in view, row by row, each in CODE_BITS bits, uint32 ()."""
         outside = 2 * self.size + 1
-        view = self.landmark(state, state.start, START)
+        codes = self.landmark(state, state.start, START)
         columns = [x.astype(jnp.uint32) for x in seen(state.position[1], outside)]
-        for i, index in enumerate(seen(state.position[0], outside)):
-            walls = maze.row(state.walls, index)
+        for i, row in enumerate(seen(state.position[0], outside)):
+            walls = maze.row(state.walls, row)
             for j, column in enumerate(columns):
-                view |= ((walls >> column) & OBSTACLE) << (CODE_BITS * (VIEW * i + j))
-        return view
+                code = (walls >> column) & OBSTACLE
+                codes |= code << (CODE_BITS * (VIEW * i + j))
+        return codes
 
     def landmark(self, state: TState, position: jax.Array, code: int) -> jax.Array:
         """A view with this code on the square at `position`, if it is in view, and else zeros."""
-        offset = [position[i] - state.position[i] for i in range(2)]
-        visible = (jnp.abs(offset[0]) <= 1) & (jnp.abs(offset[1]) <= 1)
-        row, column = (position[i] - seen(state.position[i], 0)[0] for i in range(2))
+        rows_away = position[0] - state.position[0]
+        columns_away = position[1] - state.position[1]
+        visible = (jnp.abs(rows_away) <= 1) & (jnp.abs(columns_away) <= 1)
+        first_row, _, _ = seen(state.position[0], 0)
+        row = position[0] - first_row
+        first_column, _, _ = seen(state.position[1], 0)
+        column = position[1] - first_column
         shift = CODE_BITS * (VIEW * row + column)
-        return jnp.where(visible, jnp.uint32(code) << shift.astype(jnp.uint32), jnp.uint32(0))
+        placed = jnp.uint32(code) << shift.astype(jnp.uint32)
+        return jnp.where(visible, placed, jnp.uint32(0))
 
     def observe(
         self, key: jax.Array, state: TState, action: jax.Array | None, params: EnvParams
@@ -118,9 +131,11 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
         """View and previous action, float32 (50,); no randomness."""
         previous = jnp.asarray(NO_ACTION if action is None else action).astype(jnp.uint32)
         codes = self.view(state) | (previous << (CODE_BITS * VIEW**2))
-        part, code = np.divmod(np.arange((VIEW**2 + 1) * NUM_CODES, dtype=np.uint32), NUM_CODES)
+        feature = np.arange((VIEW**2 + 1) * NUM_CODES, dtype=np.uint32)
+        part, code = np.divmod(feature, NUM_CODES)
         mask = (1 << CODE_BITS) - 1
-        return (((codes >> (CODE_BITS * part)) & mask) == code).astype(jnp.float32)
+        code_of_part = (codes >> (CODE_BITS * part)) & mask
+        return (code_of_part == code).astype(jnp.float32)
 
     def penalty(self, params: EnvParams) -> jax.Array:
         """Reward of a step that gains nothing, float32 ()."""
@@ -136,25 +151,27 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
 class LabyrinthEscape(Labyrinth[EscapeState]):
     """Find the way out of a maze (Morad et al. 2023, POPGym; popgym 1.0.7).
 
-    A random perfect maze of w x w cells, w = maze_dims / 2, on (2w + 1) x (2w + 1) squares, drawn
-    at each reset as in maze.py. The agent starts in an entrance in one outer wall, the exit is in
-    the opposite one.
+    A random perfect maze of w x w cells, w = maze_dims / 2, on (2w + 1) x (2w + 1)
+    squares, drawn at each reset as in maze.py. The agent starts in an entrance in one
+    outer wall, the exit is in the opposite one.
 
-    Observation: one-hot codes in groups of five, float32 (50,): nine squares around the agent, row
-        by row (0 free, 1 wall or outside, 2 start, 3 exit; 4 never), then the previous action (4
-        at the reset).
-    Action: 0 left, 1 right, 2 up, 3 down, integer (). Against a wall or out of the grid the agent
-        stays where it is.
+    Observation: one-hot codes in groups of five, float32 (50,): nine squares around the
+        agent, row by row (0 free, 1 wall or outside, 2 start, 3 exit; 4 never), then
+        the previous action (4 at the reset).
+    Action: 0 left, 1 right, 2 up, 3 down, integer (). Against a wall or out of the grid
+        the agent stays where it is.
     Reward: -1/1024, and +1 for reaching the exit, float32 ().
-    Return: at most 1 - d/1024 with d >= 2w the length of the way, at least -1023/1024; random
-        about -0.45, -0.85, -0.95.
+    Return: at most 1 - d/1024 with d >= 2w the length of the way, at least -1023/1024;
+        random about -0.45, -0.85, -0.95.
     Episode: at most 1023 steps; w = 5, 7, 9 for Easy, Medium, Hard.
-    End: terminated at the exit; truncated at step 1023; both where the exit is reached with it.
+    End: terminated at the exit; truncated at step 1023; both where the exit is reached
+        with it.
 
-    Reference quirks kept: in the north wall the view begins with the agent's row, goes on with the
-    next one and ends with a row of walls, whatever is there; likewise in the west wall. Truncation
-    comes one step before the 1024 steps that the penalty is made for.
-    The reference leaves a cell walled in about once in 10^4 mazes; these mazes are complete.
+    Reference quirks kept: in the north wall the view begins with the agent's row, goes
+    on with the next one and ends with a row of walls, whatever is there; likewise in
+    the west wall. Truncation comes one step before the 1024 steps that the penalty is
+    made for. The reference leaves a cell walled in about once in 10^4 mazes; these
+    mazes are complete.
     """
 
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EscapeState]:
@@ -185,25 +202,29 @@ class LabyrinthEscape(Labyrinth[EscapeState]):
 
     def is_terminated(self, state: EscapeState, params: EnvParams) -> jax.Array:
         """The agent is at the exit, bool ()."""
-        return (state.position[0] == state.goal[0]) & (state.position[1] == state.goal[1])
+        same_row = state.position[0] == state.goal[0]
+        same_column = state.position[1] == state.goal[1]
+        return same_row & same_column
 
 
 class LabyrinthExplore(Labyrinth[ExploreState]):
     """Visit every square of a maze (Morad et al. 2023, POPGym; popgym 1.0.7).
 
-    Maze, view and moves as in LabyrinthEscape, but there is no exit, and the place opposite the
-    entrance is a wall like any other.
+    Maze, view and moves as in LabyrinthEscape, but there is no exit, and the place
+    opposite the entrance is a wall like any other.
 
-    Observation: nine squares and the previous action, float32 (50,), as in LabyrinthEscape; code 3
-        does not occur, and nothing shows where the agent has been.
+    Observation: nine squares and the previous action, float32 (50,), as in
+        LabyrinthEscape; code 3 does not occur, and nothing shows where the agent has
+        been.
     Action: 0 left, 1 right, 2 up, 3 down, integer ().
-    Reward: +1/(2w^2 - 1) on a square where the agent has not been (the maze has so many, not
-        counting the start), and instead of it -1/1024 on any other, float32 ().
-    Return: at most 1, reached where no step is wasted, at least -1023/1024; random about -0.34,
-        -0.61, -0.75.
+    Reward: +1/(2w^2 - 1) on a square where the agent has not been (the maze has so
+        many, not counting the start), and instead of it -1/1024 on any other, float32
+        ().
+    Return: at most 1, reached where no step is wasted, at least -1023/1024; random
+        about -0.34, -0.61, -0.75.
     Episode: at most 1023 steps; w = 5, 7, 9 for Easy, Medium, Hard.
-    End: terminated when all squares have been visited; truncated at step 1023; both where the last
-        square is reached with it.
+    End: terminated when all squares have been visited; truncated at step 1023; both
+        where the last square is reached with it.
 
     Reference quirks kept: those of LabyrinthEscape.
     """
@@ -228,10 +249,11 @@ class LabyrinthExplore(Labyrinth[ExploreState]):
         new = maze.contains(state.unexplored, position)
         found = jnp.float32(1 / maze.num_open(self.size))
         reward = jnp.where(new, found, self.penalty(params))
+        here = maze.square(position, len(state.unexplored))
         state = state.replace(
             time=state.time + 1,
             position=position,
-            unexplored=state.unexplored & ~maze.square(position, len(state.unexplored)),
+            unexplored=state.unexplored & ~here,
         )
         observation = self.observe(key, state, action, params)
         return observation, state, reward, self.is_terminated(state, params), {}

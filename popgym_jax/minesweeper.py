@@ -17,9 +17,13 @@ LEVELS = {"easy": (4, 2), "medium": (6, 6), "hard": (8, 10)}  # board size, numb
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); mines: squares with a mine, clear: squares without a mine that
-    were not clicked yet, both as bits (see `popgym_jax.boards`), uint32 (words,); exploded: a mine
-    was clicked, bool ()."""
+    """Squares are bits, uint32 (words,): see `popgym_jax.boards`.
+
+    time: steps taken, int32 ()
+    mines: squares with a mine
+    clear: squares without a mine that were not clicked yet
+    exploded: a mine was clicked, bool ()
+    """
 
     mines: jax.Array
     clear: jax.Array
@@ -77,8 +81,9 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
         mine already, it goes to `last` itself. One draw per mine is always enough.
         """
         draws = prng.bits(key, self.num_mines)
+        lasts = range(self.num_clear, self.num_squares)
         mines: list[jax.Array] = []
-        for draw, last in zip(draws, range(self.num_clear, self.num_squares), strict=True):
+        for draw, last in zip(draws, lasts, strict=True):
             mine = prng.integer(draw, last + 1)
             taken = jnp.zeros((), bool)
             for other in mines:
@@ -87,15 +92,17 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
         # the barrier keeps XLA from drawing a mine again in each operation that uses it
         mines = jax.lax.optimization_barrier(mines)
         num_words = boards.num_words(self.num_squares)
-        return functools.reduce(operator.or_, (boards.square(mine, num_words) for mine in mines))
+        squares = [boards.square(mine, num_words) for mine in mines]
+        return functools.reduce(operator.or_, squares)
 
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """Lay the mines: observation float32 (num_numbers,) and state."""
         mines = self.place_mines(key)
+        everywhere = boards.pack(np.ones(self.num_squares, bool))
         state = EnvState(
             time=jnp.zeros((), jnp.int32),
             mines=mines,
-            clear=boards.pack(np.ones(self.num_squares, bool)) & ~mines,
+            clear=everywhere & ~mines,
             exploded=jnp.zeros((), bool),
         )
         return self.observe(key, state, None, params), state
@@ -110,7 +117,8 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
         found = jnp.float32(1 / self.num_clear)
         wasted = jnp.float32(-0.5 / (self.num_clear - 2))
         lost = jnp.float32(-0.5 - 1 / self.num_clear)
-        reward = jnp.where(is_mine, lost, jnp.where(is_clear, found, wasted))
+        survived = jnp.where(is_clear, found, wasted)
+        reward = jnp.where(is_mine, lost, survived)
         state = EnvState(
             time=state.time + 1,
             mines=state.mines,
@@ -126,7 +134,8 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
         """Mines on and around the clicked square, one-hot, float32 (num_numbers,)."""
         number = jnp.int32(0)
         if action is not None:
-            number = boards.count(state.mines & jnp.asarray(blocks(self.board_size))[action])
+            block = jnp.asarray(blocks(self.board_size))[action]
+            number = boards.count(state.mines & block)
         return cards.one_hot(number, self.num_numbers)
 
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
@@ -148,5 +157,6 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
 def blocks(board_size: int) -> np.ndarray:
     """Each square together with its neighbours, as bits, uint32 (squares, words)."""
     row, column = np.divmod(np.arange(board_size**2), board_size)
-    near = (abs(row - row[:, None]) <= 1) & (abs(column - column[:, None]) <= 1)
-    return boards.pack(near)
+    near_row = abs(row - row[:, None]) <= 1
+    near_column = abs(column - column[:, None]) <= 1
+    return boards.pack(near_row & near_column)

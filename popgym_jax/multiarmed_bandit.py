@@ -12,7 +12,9 @@ from popgym_jax import cards, environment, prng
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); probabilities: of each arm to pay, float32 (num_bandits,)."""
+    """time: steps taken, int32 ()
+    probabilities: of each arm to pay, float32 (num_bandits,)
+    """
 
     probabilities: jax.Array
 
@@ -66,7 +68,8 @@ class MultiarmedBandit(environment.Environment[EnvState, EnvParams]):
     def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """New arms: observation float32 (2,) and state."""
         state = EnvState(
-            time=jnp.zeros((), jnp.int32), probabilities=self.sample_probabilities(key)
+            time=jnp.zeros((), jnp.int32),
+            probabilities=self.sample_probabilities(key),
         )
         return cards.one_hot(jnp.int32(0), 2), state
 
@@ -76,9 +79,9 @@ class MultiarmedBandit(environment.Environment[EnvState, EnvParams]):
         """Pull an arm: observation (2,), state, reward, terminated, {}."""
         pays = self.sample_payout(key) < state.probabilities[action]
         scale = 1.0 / jnp.asarray(params.max_steps_in_episode, jnp.float32)
+        reward = jnp.where(pays, scale, -scale)
         state = EnvState(time=state.time + 1, probabilities=state.probabilities)
         observation = cards.one_hot(pays, 2)
-        reward = jnp.where(pays, scale, -scale)
         return observation, state, reward, self.is_terminated(state, params), {}
 
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:

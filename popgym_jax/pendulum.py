@@ -21,7 +21,9 @@ MEAN_COST = 16.2736044 / 2  # half the highest cost: hanging down at full speed 
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); physics: theta, theta_dot, float32 (2,)."""
+    """time: steps taken, int32 ()
+    physics: theta, theta_dot, float32 (2,)
+    """
 
     physics: jax.Array
 

@@ -15,11 +15,11 @@ from popgym_jax.wrappers import Wrapper
 
 @struct.dataclass
 class ProjectionState(environment.EnvState):
-    """env_state: of the environment inside; time: steps taken in this episode, int32 ().
-
+    """time: steps taken in this episode, int32 ()
+    env_state: of the environment inside
     M_o: projection of observations, float32 (O', O)
-    M_a: projection of actions: float32 (A, A), or, if they are discrete, the task's action for each
-        of the agent's, int32 (A,)
+    M_a: projection of actions: float32 (A, A), or, if they are discrete, the task's
+        action for each of the agent's, int32 (A,)
     """
 
     env_state: Any
@@ -30,54 +30,67 @@ class ProjectionState(environment.EnvState):
 class RandomProjection(Wrapper):
     """`env` seen and acted on through random linear maps (Lu et al. 2023, algorithm 1).
 
-    Every episode draws its own M_o and M_a and keeps them to its end; reward, ends and length are
-    those of `env`, whose observation must be a vector (O,). A reset draws them at random like the
-    rest of the episode; `restart` begins an episode under the projections of the one before.
+    Every episode draws its own M_o and M_a and keeps them to its end; reward, ends
+    and length are those of `env`, whose observation must be a vector (O,). A reset
+    draws them at random like the rest of the episode; `restart` begins an episode
+    under the projections of the one before.
 
-    Observation: M_o o, float32 (O',) with O' = `observation_size`, by default O. M_o = g Q, where
-        Q has orthonormal columns, or orthonormal rows if O' < O, uniformly distributed, and
-        g^2 = max(1, O' / O), so that the entries of M_o have mean 0 and variance 1 / O: a projected
-        feature has the mean square of the original ones, and if O' >= O nothing of the original is
-        lost or squeezed, whatever is drawn. For CartPole, 2 -> 4, it is what the paper's code draws
-        (orthogonal, gain sqrt(2)); a Gaussian M_o would at times be nearly singular.
-    Action, discrete: index a stands for action M_a[a] of `env`, M_a a uniform permutation. These
-        are the linear maps from one-hot vectors onto one-hot vectors, so every action of `env`
-        stays reachable. Of two actions, a fair coin decides whether they are swapped: the law of
-        sign(m (2 a - 1)) with a Gaussian m, which is a random projection of the push itself.
-    Action, continuous: M_a a within the bounds of `env`, with the bounds scaled to +-1: M_a =
-        sqrt(A) Q with a uniform orthogonal Q (A, A), and what is beyond the bounds is clipped. By
-        the factor sqrt(A) every action of `env` stays reachable from inside of the bounds; for
-        A = 1 the action keeps or changes its sign, by a fair coin.
+    Observation: M_o o, float32 (O',) with O' = `observation_size`, by default O.
+        M_o = g Q, where Q has orthonormal columns, or orthonormal rows if O' < O,
+        uniformly distributed, and g^2 = max(1, O' / O), so that the entries of M_o
+        have mean 0 and variance 1 / O: a projected feature has the mean square of
+        the original ones, and if O' >= O nothing of the original is lost or
+        squeezed, whatever is drawn. For CartPole, 2 -> 4, it is what the paper's
+        code draws (orthogonal, gain sqrt(2)); a Gaussian M_o would at times be
+        nearly singular.
+    Action, discrete: index a stands for action M_a[a] of `env`, M_a a uniform
+        permutation. These are the linear maps from one-hot vectors onto one-hot
+        vectors, so every action of `env` stays reachable. Of two actions, a fair
+        coin decides whether they are swapped: the law of sign(m (2 a - 1)) with a
+        Gaussian m, which is a random projection of the push itself.
+    Action, continuous: M_a a within the bounds of `env`, with the bounds scaled to
+        +-1: M_a = sqrt(A) Q with a uniform orthogonal Q (A, A), and what is beyond
+        the bounds is clipped. By the factor sqrt(A) every action of `env` stays
+        reachable from inside of the bounds; for A = 1 the action keeps or changes
+        its sign, by a fair coin.
     """
 
     def __init__(self, env: environment.Environment, observation_size: int | None = None):
         super().__init__(env)
         params = env.default_params
-        seen, actions = env.observation_space(params), env.action_space(params)
+        seen = env.observation_space(params)
         if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
             raise ValueError(f"RandomProjection needs vector observations, {env.name} has {seen}")
         if observation_size is None:
             observation_size = seen.shape[0]
         if observation_size < 1:
             raise ValueError(f"observation_size must be at least 1, got {observation_size}")
+        self.observation_size = observation_size
+
+        actions = env.action_space(params)
         if isinstance(actions, spaces.Box):
-            if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+            bounded = np.isfinite(actions.low).all() and np.isfinite(actions.high).all()
+            if not bounded:
                 raise ValueError(f"RandomProjection needs bounded actions, {env.name} has none")
         elif not isinstance(actions, spaces.Discrete):
             raise ValueError(f"RandomProjection cannot project the actions of {env.name}")
-        self.observation_size = observation_size
 
     def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, ProjectionState]:
         """New projections and a fresh episode: observation float32 (O',) and state."""
         key_env, key_observations, key_actions = prng.split(key, 3)
-        (size,), A = self.env.observation_space(params).shape, self.num_actions
-        gain = math.sqrt(max(1.0, self.observation_size / size))
-        M_o = gain * random_orthogonal(key_observations, self.observation_size, size)
+        (size,) = self.env.observation_space(params).shape  # O
+        orthogonal = random_orthogonal(key_observations, self.observation_size, size)
+        M_o = self._gain(size) * orthogonal
+        A = self.num_actions
         if isinstance(self.env.action_space(params), spaces.Discrete):
             M_a = jnp.argsort(prng.bits(key_actions, A)).astype(jnp.int32)
         else:
             M_a = math.sqrt(A) * random_orthogonal(key_actions, A, A)
         return self._begin(key_env, M_o, M_a, params)
+
+    def _gain(self, size: int) -> float:
+        """g, for `size` = O features of `env`."""
+        return math.sqrt(max(1.0, self.observation_size / size))
 
     def restart(
         self, key: jax.Array, state: ProjectionState, params: Any
@@ -88,17 +101,23 @@ class RandomProjection(Wrapper):
     def _begin(
         self, key: jax.Array, M_o: jax.Array, M_a: jax.Array, params: Any
     ) -> tuple[jax.Array, ProjectionState]:
+        """A fresh episode under these projections: observation (O',) and state."""
         obs, env_state = self.env.reset_env(key, params)
-        time = jnp.zeros((), jnp.int32)
-        return project(M_o, obs), ProjectionState(time=time, env_state=env_state, M_o=M_o, M_a=M_a)
+        state = ProjectionState(
+            time=jnp.zeros((), jnp.int32),
+            env_state=env_state,
+            M_o=M_o,
+            M_a=M_a,
+        )
+        return project(M_o, obs), state
 
     def step_env(
         self, key: jax.Array, state: ProjectionState, action: Any, params: Any
     ) -> tuple[jax.Array, ProjectionState, jax.Array, jax.Array, dict[Any, Any]]:
         """A step of `env`: observation (O',), state, reward, terminated, info."""
-        obs, env_state, reward, terminated, info = self.env.step_env(
-            key, state.env_state, self.task_action(state, action, params), params
-        )
+        task_action = self.task_action(state, action, params)
+        stepped = self.env.step_env(key, state.env_state, task_action, params)
+        obs, env_state, reward, terminated, info = stepped
         state = state.replace(time=state.time + 1, env_state=env_state)
         return project(state.M_o, obs), state, reward, terminated, info
 
@@ -109,8 +128,10 @@ class RandomProjection(Wrapper):
             return state.M_a[action]
         low = np.broadcast_to(np.float32(space.low), space.shape)
         high = np.broadcast_to(np.float32(space.high), space.shape)
-        centre, half = (low + high) / 2, (high - low) / 2
-        scaled = (jnp.asarray(action, jnp.float32).reshape(space.shape) - centre) / half
+        centre = (low + high) / 2
+        half = (high - low) / 2
+        agent_action = jnp.asarray(action, jnp.float32).reshape(space.shape)
+        scaled = (agent_action - centre) / half
         projected = jnp.clip(project(state.M_a, scaled.ravel()), -1.0, 1.0)
         return jnp.asarray(centre) + half * projected.reshape(space.shape)
 
@@ -118,7 +139,8 @@ class RandomProjection(Wrapper):
         self, key: jax.Array, state: ProjectionState, action: Any | None, params: Any
     ) -> jax.Array:
         """Observation float32 (O',) where `env` can tell its own from a state."""
-        return project(state.M_o, self.env.observe(key, state.env_state, action, params))
+        obs = self.env.observe(key, state.env_state, action, params)
+        return project(state.M_o, obs)
 
     def is_terminated(self, state: ProjectionState, params: Any) -> jax.Array:
         return self.env.is_terminated(state.env_state, params)
@@ -127,11 +149,11 @@ class RandomProjection(Wrapper):
         return self.env.is_truncated(state.env_state, params)
 
     def observation_space(self, params: Any) -> spaces.Box:
-        """No row of M_o is longer than g, so no feature exceeds g times the longest observation."""
+        """No feature exceeds g times the longest observation, as no row of M_o is longer than g."""
         seen = self.env.observation_space(params)
         largest = np.maximum(np.abs(seen.low), np.abs(seen.high)) * np.ones(seen.shape)
-        gain = math.sqrt(max(1.0, self.observation_size / seen.shape[0]))
-        bound = np.float32(gain * np.sqrt(np.sum(largest**2)))
+        longest = np.sqrt(np.sum(largest**2))
+        bound = np.float32(self._gain(seen.shape[0]) * longest)
         return spaces.Box(-bound, bound, (self.observation_size,))
 
 
@@ -141,11 +163,15 @@ def project(M: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def random_orthogonal(key: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Uniformly distributed with orthonormal columns, or rows if they are fewer, float32 (N, O).
+    """A uniform matrix with orthonormal columns, or rows if they are fewer, float32 (N, O).
 
-    QR of a Gaussian matrix; the signs make R's diagonal positive, without which Q is not uniform.
+    QR of a Gaussian matrix; the signs make R's diagonal positive, without which Q
+    is not uniformly distributed.
     """
-    long, short = max(rows, columns), min(rows, columns)
-    q, r = jnp.linalg.qr(prng.normal(prng.bits(key, rows * columns)).reshape(long, short))
-    q = q * jnp.where(jnp.diagonal(r) < 0, jnp.float32(-1.0), jnp.float32(1.0))
+    long = max(rows, columns)
+    short = min(rows, columns)
+    gaussian = prng.normal(prng.bits(key, rows * columns)).reshape(long, short)
+    q, r = jnp.linalg.qr(gaussian)
+    sign = jnp.where(jnp.diagonal(r) < 0, jnp.float32(-1.0), jnp.float32(1.0))
+    q = q * sign
     return q if rows >= columns else q.T

@@ -93,13 +93,15 @@ def canonical_name(name: str) -> str:
     if bare in spellings:
         return spellings[bare]
     near = difflib.get_close_matches(bare, spellings, n=6, cutoff=0.0)
-    nearest = list(dict.fromkeys(spellings[spelling] for spelling in near))[:3]
-    raise UnknownEnvironmentError(f"unknown environment {name!r}; nearest: {', '.join(nearest)}")
+    names = [spellings[spelling] for spelling in near]
+    nearest = ", ".join(list(dict.fromkeys(names))[:3])  # each name once
+    raise UnknownEnvironmentError(f"unknown environment {name!r}; nearest: {nearest}")
 
 
 def family_and_level(name: str) -> tuple[str, int]:
     """A name of registered_envs: its key in FAMILIES, and 0, 1, 2 for Easy, Medium, Hard."""
-    return next((name.removesuffix(d), i) for i, d in enumerate(DIFFICULTIES) if name.endswith(d))
+    difficulty = next(word for word in DIFFICULTIES if name.endswith(word))
+    return name.removesuffix(difficulty), DIFFICULTIES.index(difficulty)
 
 
 def make(name: str, **arguments: Any) -> tuple[Environment, Any]:
@@ -114,6 +116,6 @@ def make(name: str, **arguments: Any) -> tuple[Environment, Any]:
     else:
         family, level = family_and_level(name)
         env_class, levels = FAMILIES[family]
-        own = {argument: values[level] for argument, values in levels.items()}
-        env = env_class(**own | arguments, name=name)
+        of_level = {argument: values[level] for argument, values in levels.items()}
+        env = env_class(**of_level | arguments, name=name)
     return env, env.default_params

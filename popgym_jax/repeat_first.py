@@ -12,8 +12,10 @@ from popgym_jax import cards, environment
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
-    target: suit of the first card, int32 ()."""
+    """time: steps taken, int32 ()
+    remaining: undealt cards of each suit, int32 (4,)
+    target: suit of the first card, int32 ()
+    """
 
     remaining: jax.Array
     target: jax.Array
@@ -49,7 +51,9 @@ class RepeatFirst(cards.DeckEnvironment[EnvState]):
         full = cards.full_counts(self.num_decks, cards.NUM_SUITS)
         suit = self.deal(key, full)
         state = EnvState(
-            time=jnp.zeros((), jnp.int32), remaining=cards.without(full, suit), target=suit
+            time=jnp.zeros((), jnp.int32),
+            remaining=cards.without(full, suit),
+            target=suit,
         )
         return cards.one_hot(suit, cards.NUM_SUITS), state
 

@@ -12,8 +12,10 @@ from popgym_jax import cards, environment
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """time: steps taken, int32 (); remaining: undealt cards of each suit, int32 (4,);
-    history: suits of the last k cards, oldest first, int8 (k,), zeros before the first card."""
+    """time: steps taken, int32 ()
+    remaining: undealt cards of each suit, int32 (4,)
+    history: suits of the last k cards, oldest first, zeros before the first card, int8 (k,)
+    """
 
     remaining: jax.Array
     history: jax.Array
@@ -69,7 +71,8 @@ class RepeatPrevious(cards.DeckEnvironment[EnvState]):
         scale = jnp.float32(1 / self.num_graded)
         graded = state.time + 1 >= self.k  # time + 1 cards have been dealt
         correct = action == state.history[0]
-        reward = jnp.where(graded, jnp.where(correct, scale, -scale), 0.0)
+        grade = jnp.where(correct, scale, -scale)
+        reward = jnp.where(graded, grade, 0.0)
         suit = self.deal(key, state.remaining)
         state = EnvState(
             time=state.time + 1,

@@ -84,24 +84,25 @@ class PreviousActionAndStart(Wrapper):
         return jnp.concatenate([obs, previous, start])
 
     def observation_space(self, params: Any) -> spaces.Box:
-        seen, actions = self.env.observation_space(params), self.env.action_space(params)
-        one_hot = spaces.Box(0.0, 1.0, (self.num_actions,))
+        seen = self.env.observation_space(params)
+        action = self.env.action_space(params)
+        if isinstance(action, spaces.Discrete):  # shown one-hot
+            action = spaces.Box(0.0, 1.0, (self.num_actions,))
         flag = spaces.Box(0.0, 1.0, (1,))
-        parts = [seen, one_hot if isinstance(actions, spaces.Discrete) else actions, flag]
-        low, high = (
-            np.concatenate([np.broadcast_to(getattr(part, end), part.shape) for part in parts])
-            for end in ("low", "high")
-        )
+        parts = [seen, action, flag]
+        low = np.concatenate([np.broadcast_to(part.low, part.shape) for part in parts])
+        high = np.concatenate([np.broadcast_to(part.high, part.shape) for part in parts])
         size = math.prod(seen.shape) + self.num_actions + 1
         return spaces.Box(low.astype(np.float32), high.astype(np.float32), (size,))
 
 
 @struct.dataclass
 class StatisticsState(environment.EnvState):
-    """env_state: of the environment inside; time: steps taken in the running episode, int32 ().
-
+    """time: steps taken in the running episode, int32 ()
+    env_state: of the environment inside
     running_return: of the running episode, float32 ()
-    last_return, last_length: of the last finished episode, float32 () and int32 (); both 0 before
+    last_return: of the last finished episode, float32 ()
+    last_length: of the last finished episode, int32 (); this and last_return are 0 before
         there is one, which `episodes` tells
     episodes: number of finished episodes, int32 ()
     """
@@ -130,12 +131,13 @@ class EpisodeStatistics(Wrapper):
     def reset(self, key: jax.Array, params: Any = None) -> tuple[Any, StatisticsState]:
         """Observation and state of `env`, and nothing counted yet."""
         obs, env_state = self.env.reset(key, params)
-        none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        no_return = jnp.zeros((), jnp.float32)
+        none = jnp.zeros((), jnp.int32)
         state = StatisticsState(
             time=none,
             env_state=env_state,
-            running_return=zero,
-            last_return=zero,
+            running_return=no_return,
+            last_return=no_return,
             last_length=none,
             episodes=none,
         )
@@ -146,13 +148,13 @@ class EpisodeStatistics(Wrapper):
         self, key: jax.Array, state: StatisticsState, action: Any, params: Any = None
     ) -> tuple[Any, StatisticsState, jax.Array, jax.Array, jax.Array, dict[Any, Any]]:
         """A step of `env`, counted."""
-        obs, env_state, reward, terminated, truncated, info = self.env.step(
-            key, state.env_state, action, params
-        )
+        stepped = self.env.step(key, state.env_state, action, params)
+        obs, env_state, reward, terminated, truncated, info = stepped
         ended = terminated | truncated
         # a maximum without effect: LLVM must not contract this sum with a product in the reward
         term = jnp.maximum(reward, np.finfo(np.float32).min)
-        running_return, time = state.running_return + term, state.time + 1
+        running_return = state.running_return + term
+        time = state.time + 1
         state = StatisticsState(
             time=jnp.where(ended, 0, time),
             env_state=env_state,
@@ -161,13 +163,14 @@ class EpisodeStatistics(Wrapper):
             last_length=jnp.where(ended, time, state.last_length),
             episodes=state.episodes + ended,
         )
-        counted = {
+        info = {
+            **info,
             "episode_ended": ended,
             "episode_return": state.last_return,
             "episode_length": state.last_length,
             "episodes": state.episodes,
         }
-        return obs, state, reward, terminated, truncated, {**info, **counted}
+        return obs, state, reward, terminated, truncated, info
 
     def is_terminated(self, state: StatisticsState, params: Any) -> jax.Array:
         return self.env.is_terminated(state.env_state, params)
