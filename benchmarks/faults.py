@@ -1,24 +1,29 @@
-"""What a run survives, counted for each script: kills, damaged checkpoints, full disks, NaN, bad flags; and its memory.
+"""What a run survives: kills, damaged checkpoints, full disks, NaN, bad flags; and its memory.
+
+Counted for each script.
 
     python benchmarks/faults.py                                           # all of it, on 2 CPU cores
     python benchmarks/faults.py --scripts ppo_s5_popgym --parts damage commands nan  # a minute
     python benchmarks/faults.py --parts kills --kills 5
 
-kills     a run is killed with SIGKILL at random moments, half of them while a checkpoint is being written, and resumed
-          after each; when it is done, its tables are byte for byte and its newest checkpoint is bit for bit those of
-          a run that nothing has stopped
-damage    every file of the newest checkpoint is cut in half, has one bit flipped, is removed: the answer is an exact
-          restore, or exit code 2 and one line, which offers the older checkpoint where that one is whole
-disk      the disk is full from the start, fills during the run, or cannot be written to: one line, no traceback, an
-          exit code that is not 0, and with enough space the resumed run ends like one that nothing has stopped
-nan       NaN in reward, observation or gradient of one update: the run stops there, says so in one line, exits with 1,
-          and goes on from the checkpoint before as if there had been none
-commands  generated command lines that are all bad: exit code 2, one line on stderr that names the flag or the value,
-          nothing on stdout, nothing written
+kills     a run is killed with SIGKILL at random moments, half of them while a checkpoint is being
+          written, and resumed after each; when it is done, its tables are byte for byte and its
+          newest checkpoint is bit for bit those of a run that nothing has stopped
+damage    every file of the newest checkpoint is cut in half, has one bit flipped, is removed: the
+          answer is an exact restore, or exit code 2 and one line, which offers the older checkpoint
+          where that one is whole
+disk      the disk is full from the start, fills during the run, or cannot be written to: one line,
+          no traceback, an exit code that is not 0, and with enough space the resumed run ends like
+          one that nothing has stopped
+nan       NaN in reward, observation or gradient of one update: the run stops there, says so in one
+          line, exits with 1, and goes on from the checkpoint before as if there had been none
+commands  generated command lines that are all bad: exit code 2, one line on stderr that names the
+          flag or the value, nothing on stdout, nothing written
 memory    resident memory of the process does not grow over the updates of a run
 
-The counts go to the table at the head of OUT/reliability.md, a row for each script and part; rows of what was not
-measured this time and the text below the table stay. Every failure is printed. The exit code is 1 if there is one.
+The counts go to the table at the head of OUT/reliability.md, a row for each script and part; rows
+of what was not measured this time and the text below the table stay. Every failure is printed. The
+exit code is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -106,14 +111,29 @@ GROWTH = 5.0  # MB that a run's memory may grow by between update 500 and the la
 class Args:
     """Scripts x parts."""
 
-    scripts: tuple[str, ...] = SCRIPTS  # scripts to try
-    parts: tuple[str, ...] = PARTS  # what to try: kills, damage, disk, nan, commands, memory
-    kills: int = 50  # kills of each script
-    command_lines: int = 200  # bad command lines of all scripts together
-    updates: int = 2000  # updates over which memory is watched
-    jobs: int = 2  # killed runs side by side
-    seed: int = 0  # of the moments, bits and command lines
-    out: str = "results"  # where reliability.md is
+    scripts: tuple[str, ...] = SCRIPTS
+    """scripts to try"""
+
+    parts: tuple[str, ...] = PARTS
+    """what to try: kills, damage, disk, nan, commands, memory"""
+
+    kills: int = 50
+    """kills of each script"""
+
+    command_lines: int = 200
+    """bad command lines of all scripts together"""
+
+    updates: int = 2000
+    """updates over which memory is watched"""
+
+    jobs: int = 2
+    """killed runs side by side"""
+
+    seed: int = 0
+    """of the moments, bits and command lines"""
+
+    out: str = "results"
+    """where reliability.md is"""
 
 
 class Count(NamedTuple):
@@ -134,7 +154,7 @@ class Ended(NamedTuple):
     err: str
 
 
-# ---- 1. Runs ---------------------------------------------------------------------------------------------------------
+# ---- 1. Runs -------------------------------------------------------------------------------------
 def tiny(script: str, updates: int, **own: Any) -> dict[str, Any]:
     """Flags of a tiny run of so many updates."""
     flags = TINY[script] | own
@@ -236,7 +256,7 @@ def redirected(number: int, file: Any) -> Iterator[None]:
         text.close()
 
 
-# ---- 2. What is compared ---------------------------------------------------------------------------------------------
+# ---- 2. What is compared -------------------------------------------------------------------------
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder and what is in it; folders end with a slash."""
     found = {}
@@ -273,13 +293,17 @@ def differences(run: Path, whole: Path) -> list[str]:
     """In what a finished run is not equal to one that nothing has stopped."""
     found = []
     for table in sorted({path.name for folder in (run, whole) for path in folder.glob("*.csv")}):
-        texts = [(folder / table).read_bytes() if (folder / table).exists() else b"" for folder in (run, whole)]
+        paths = [folder / table for folder in (run, whole)]
+        texts = [path.read_bytes() if path.exists() else b"" for path in paths]
         if texts[0] != texts[1]:
             found.append(f"{table} differs")
     if saved_updates(run)[-1:] != saved_updates(whole)[-1:]:
         return [*found, f"checkpoints {saved_updates(run)} instead of {saved_updates(whole)}"]
-    ours, theirs = bits(newest_arrays(run)), bits(newest_arrays(whole))
-    found += [f"array {name} differs" for name in sorted(ours.keys() | theirs.keys()) if not same(name, ours, theirs)]
+    ours = bits(newest_arrays(run))
+    theirs = bits(newest_arrays(whole))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if not same(name, ours, theirs):
+            found.append(f"array {name} differs")
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
     for name in ("updates", "env_steps", "final_returns", "best_returns"):
         if ours[name] != theirs[name]:
@@ -308,7 +332,7 @@ def one_line(end: Ended, codes: Sequence[int]) -> list[str]:
     return found
 
 
-# ---- 3. Kills --------------------------------------------------------------------------------------------------------
+# ---- 3. Kills ------------------------------------------------------------------------------------
 class Usual(NamedTuple):
     """How long an undisturbed run takes."""
 
@@ -340,7 +364,13 @@ def try_kills(script: str, folder: Path, kills: int, jobs: int, seed: int) -> Co
         f"{tally['in a checkpoint']} while a checkpoint was written, {tally['before an update']} before the process "
         f"had made an update; {tally['runs']} runs ended, {tally['equal']} of them equal to the undisturbed one"
     )
-    return Count(script, "kills", tally["kills"], failures, what)
+    return Count(
+        script=script,
+        part="kills",
+        cases=tally["kills"],
+        failures=failures,
+        what=what,
+    )
 
 
 def kill_and_resume(
@@ -416,7 +446,7 @@ def unfinished_checkpoints(run: Path, since: float) -> list[str]:
     return found
 
 
-# ---- 4. Damage -------------------------------------------------------------------------------------------------------
+# ---- 4. Damage -----------------------------------------------------------------------------------
 def try_damage(script: str, folder: Path, seed: int, step: int = 4096) -> Count:
     """Every file of the newest checkpoint in turn, restored as --resume and --eval do.
 
@@ -446,12 +476,19 @@ def try_damage(script: str, folder: Path, seed: int, step: int = 4096) -> Count:
             tally[answer] += 1
             file.write_bytes(content)
             failures += [f"{file.relative_to(newest)} {how}: {problem}" for problem in wrong]
-    failures += [f"after a refusal: {problem}" for problem in follow_the_offer(script, args, like, newest, older)]
+    for problem in follow_the_offer(script, args, like, newest, older):
+        failures.append(f"after a refusal: {problem}")
     what = (
         f"{tally['refused']} refused with exit code 2, one line and the offer of the older checkpoint, which then "
         f"restores; {tally['exact']} restored bit for bit"
     )
-    return Count(script, "damage", sum(tally.values()), failures, what)
+    return Count(
+        script=script,
+        part="damage",
+        cases=sum(tally.values()),
+        failures=failures,
+        what=what,
+    )
 
 
 def damages(content: bytes, step: int, rng: random.Random) -> list[tuple[str, bytes | None]]:
@@ -459,7 +496,8 @@ def damages(content: bytes, step: int, rng: random.Random) -> list[tuple[str, by
     found: list[tuple[str, bytes | None]] = [("cut in half", content[: len(content) // 2]), ("removed", None)]
     places = 2 + len(content) // step
     for part in range(places if content else 0):
-        low, high = len(content) * part // places, len(content) * (part + 1) // places
+        low = len(content) * part // places
+        high = len(content) * (part + 1) // places
         place = rng.randrange(low, max(high, low + 1))
         bit = rng.randrange(8)
         flipped = bytearray(content)
@@ -530,7 +568,7 @@ def follow_the_offer(script: str, args: Any, like: Any, newest: Path, older: Pat
     return wrong
 
 
-# ---- 5. Disk ---------------------------------------------------------------------------------------------------------
+# ---- 5. Disk -------------------------------------------------------------------------------------
 def try_disk(script: str, folder: Path, small: bool = False) -> Count:
     """Limits on the size of a file, file systems too small, directories that cannot be written to."""
     flags = tiny(script, 24, checkpoint_interval=3)
@@ -556,7 +594,13 @@ def try_disk(script: str, folder: Path, small: bool = False) -> Count:
     what = "each one line and an exit code that is not 0; resumed with enough space, equal to the undisturbed run"
     if skipped:
         what += f"; skipped: {', '.join(skipped)}"
-    return Count(script, "disk", len(cases) - len(skipped), failures, what)
+    return Count(
+        script=script,
+        part="disk",
+        cases=len(cases) - len(skipped),
+        failures=failures,
+        what=what,
+    )
 
 
 class Skipped(Exception):
@@ -681,7 +725,7 @@ def read_only(place: Path, prepare: Callable[[], None] = lambda: None) -> Iterat
             path.chmod(0o755)
 
 
-# ---- 6. NaN ----------------------------------------------------------------------------------------------------------
+# ---- 6. NaN --------------------------------------------------------------------------------------
 def try_nan(script: str, folder: Path) -> Count:
     """NaN planted in one update of three kinds; the state before it, and the run that goes on without it."""
     module = import_module(script)
@@ -725,7 +769,13 @@ def try_nan(script: str, folder: Path) -> Count:
             wrong += [f"resumed without NaN: {problem}" for problem in differences(run, whole)]
         failures += [f"{quantity}: {problem}" for problem in wrong]
     what = f"stopped at that update with exit code 1 and one line that names it ({', '.join(named)})"
-    return Count(script, "nan", 3, failures, f"{what}; the checkpoint from before goes on to the undisturbed end")
+    return Count(
+        script=script,
+        part="nan",
+        cases=3,
+        failures=failures,
+        what=f"{what}; the checkpoint from before goes on to the undisturbed end",
+    )
 
 
 def judge_what_is_kept(run: Path) -> list[str]:
@@ -811,7 +861,7 @@ def is_finite(x: Any) -> bool:
     return not np.issubdtype(x.dtype, np.floating) or bool(np.isfinite(x).all())
 
 
-# ---- 7. Command lines ------------------------------------------------------------------------------------------------
+# ---- 7. Command lines ----------------------------------------------------------------------------
 class BadLine(NamedTuple):
     """A command line that cannot be meant."""
 
@@ -875,7 +925,13 @@ def try_commands(script: str, folder: Path, count: int, seed: int) -> Count:
         if wrong:
             failures.append(f"{line.why}: {script}.py {' '.join(map(repr, line.words))}: {'; '.join(wrong)}")
     what = f"{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: each exit code 2 and one line"
-    return Count(script, "commands", len(lines), failures, what)
+    return Count(
+        script=script,
+        part="commands",
+        cases=len(lines),
+        failures=failures,
+        what=what,
+    )
 
 
 def accepted(*_: Any) -> None:
@@ -958,7 +1014,12 @@ def unknown_choice(module: Any, rng: random.Random) -> BadLine:
     for name, kind in kinds_of(module).items():
         if get_origin(kind) is Literal:
             choices[name] = get_args(kind)
-    open_ended = {"env": "MemoryChain", "sweep": "memory_len", "tasks": "Pendulum-v1", "eval_tasks": "Pendulum-v1"}
+    open_ended = {
+        "env": "MemoryChain",
+        "sweep": "memory_len",
+        "tasks": "Pendulum-v1",
+        "eval_tasks": "Pendulum-v1",
+    }
     for name, example in open_ended.items():
         if name in kinds_of(module):
             choices[name] = (example,)
@@ -971,7 +1032,8 @@ def unknown_choice(module: Any, rng: random.Random) -> BadLine:
 def misspelt(word: str, rng: random.Random) -> str:
     """Never a word that is right."""
     place = rng.randrange(1, len(word))
-    return rng.choice([f"{word}x", f"{word[:place]}q{word[place:]}", f"un{word}", "nonsense", f"{word} {word}"])
+    misspelt = f"{word[:place]}q{word[place:]}"
+    return rng.choice([f"{word}x", misspelt, f"un{word}", "nonsense", f"{word} {word}"])
 
 
 def unknown_flag(module: Any, rng: random.Random) -> BadLine:
@@ -979,7 +1041,8 @@ def unknown_flag(module: Any, rng: random.Random) -> BadLine:
     name = rng.choice(list(kinds_of(module)))
     value = rng.choice([[], ["3"], ["word"]])
     of_a_number = rng.choice([name for name, kind in kinds_of(module).items() if kind in (int, float)])
-    flag = rng.choice([f"{flag_of(name)}x", f"--x{name}", f"--no-{flag_of(of_a_number)[2:]}", "--verbose", "stray"])
+    negated = f"--no-{flag_of(of_a_number)[2:]}"
+    flag = rng.choice([f"{flag_of(name)}x", f"--x{name}", negated, "--verbose", "stray"])
     return BadLine([flag, *value], (flag,), "an unknown flag")
 
 
@@ -1052,7 +1115,7 @@ def impossible(module: Any, stub: Path) -> list[BadLine]:
     return lines
 
 
-# ---- 8. Memory -------------------------------------------------------------------------------------------------------
+# ---- 8. Memory -----------------------------------------------------------------------------------
 def try_memory(script: str, folder: Path, updates: int, first: int = 500) -> Count:
     """Resident memory beside the rows of metrics.csv, from outside: medians around the first update and near the end.
 
@@ -1068,13 +1131,27 @@ def try_memory(script: str, folder: Path, updates: int, first: int = 500) -> Cou
     early = [size for row, size in samples if abs(row - first) <= span // 2]
     late = [size for row, size in samples if abs(row - last) <= span // 2]
     if not early or not late:
-        return Count(script, "memory", 1, [*failures, "too few samples"], "")
+        return Count(
+            script=script,
+            part="memory",
+            cases=1,
+            failures=[*failures, "too few samples"],
+            what="",
+        )
     growth = statistics.median(late) - statistics.median(early)
     if growth > GROWTH:
         failures.append(f"memory has grown by {growth:.1f} MB between updates {first} and {last}")
-    at = f"{statistics.median(early):.0f} MB at update {first}, {statistics.median(late):.0f} MB at update {last}"
+    at_first = f"{statistics.median(early):.0f} MB at update {first}"
+    at_last = f"{statistics.median(late):.0f} MB at update {last}"
+    at = f"{at_first}, {at_last}"
     what = f"{at}: {growth:+.1f} MB, at most +{GROWTH:.0f} allowed ({len(samples)} samples)"
-    return Count(script, "memory", 1, failures, what)
+    return Count(
+        script=script,
+        part="memory",
+        cases=1,
+        failures=failures,
+        what=what,
+    )
 
 
 def watch_memory(process: subprocess.Popen, run: Path) -> list[tuple[int, float]]:
@@ -1095,7 +1172,7 @@ def watch_memory(process: subprocess.Popen, run: Path) -> list[tuple[int, float]
     return samples
 
 
-# ---- 9. Table and command line ---------------------------------------------------------------------------------------
+# ---- 9. Table and command line -------------------------------------------------------------------
 HEADER = ("script", "part", "cases", "failures", "what happened")
 
 

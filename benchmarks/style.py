@@ -3,9 +3,9 @@
     python benchmarks/style.py                      # the three scripts and s5_common.py
     python benchmarks/style.py FILE [FILE ...]      # any others, to stand beside them
 
-Mean length of a non-blank line, share of lines over 110 columns, tuple assignments that bind several things at once
-(of which none comes from one call or value), walruses outside of conditions, and records of more than three fields
-that are built by position.
+Mean length of a non-blank line, share of lines over 110 columns, tuple assignments that bind
+several things at once (of which none comes from one call or value), walruses outside of conditions,
+and records of more than three fields that are built by position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ OURS = ("ppo_s5_popgym.py", "a2c_s5_bsuite.py", "muesli_s5_metarl.py", "s5_commo
 class Args:
     """Measure how Python files read."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # which; if none, this project's own
+    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """which; if none, this project's own"""
 
 
 def binds_several(node: ast.AST) -> bool:
@@ -45,7 +46,8 @@ def records(tree: ast.AST) -> dict[str, int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             fields = sum(isinstance(line, ast.AnnAssign) for line in node.body)
-            if any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in node.bases):
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            if "NamedTuple" in bases:
                 found[node.name] = fields
     return found
 
@@ -54,23 +56,32 @@ def measure(path: Path) -> dict[str, float]:
     text = path.read_text()
     lines = [line for line in text.splitlines() if line.strip()]
     tree = ast.parse(text)
-    conditions = [node.test for node in ast.walk(tree) if isinstance(node, (ast.If, ast.While, ast.IfExp))]
-    in_conditions = {id(node) for test in conditions for node in ast.walk(test)}
-    walruses = [node for node in ast.walk(tree) if isinstance(node, ast.NamedExpr) and id(node) not in in_conditions]
+    nodes = list(ast.walk(tree))
+
+    in_conditions = set()
+    for node in nodes:
+        if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+            in_conditions |= {id(part) for part in ast.walk(node.test)}
+    walruses = 0
+    for node in nodes:
+        if isinstance(node, ast.NamedExpr) and id(node) not in in_conditions:
+            walruses += 1
+
     fields = records(tree)
-    by_position = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        if fields.get(node.func.id, 0) > 3 and node.args
-    ]
+    by_position = 0
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            is_long_record = fields.get(node.func.id, 0) > 3
+            if is_long_record and node.args:
+                by_position += 1
+
     return {
         "lines": len(lines),
         "mean length": sum(map(len, lines)) / len(lines),
         "over 110, %": 100 * sum(len(line) > 110 for line in lines) / len(lines),
-        "tuples": sum(binds_several(node) for node in ast.walk(tree)),
-        "walruses": len(walruses),
-        "by position": len(by_position),
+        "tuples": sum(binds_several(node) for node in nodes),
+        "walruses": walruses,
+        "by position": by_position,
     }
 
 
@@ -82,7 +93,8 @@ def main() -> int:
     print(f"| file | {' | '.join(columns)} |")
     print("|---" * (1 + len(columns)) + "|")
     for name, row in rows.items():
-        print(f"| {name} | {' | '.join(f'{value:.3g}' for value in row.values())} |")
+        figures = [f"{value:.3g}" for value in row.values()]
+        print(f"| {name} | {' | '.join(figures)} |")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: compile apart from run, all contenders in turn, and the result as table and file."""
+"""What the benchmarks share.
+
+Compile apart from run, all contenders in turn, and the result as table and file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ class Timing(NamedTuple):
 
 
 def timed_compile(function: Callable, *operands: Any) -> tuple[Any, float]:
-    """The function compiled for these operands, and the seconds that tracing, lowering and compiling took."""
+    """The function compiled for these operands, and the seconds that it took.
+
+    These include tracing and lowering.
+    """
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*operands).compile()
     return compiled, time.perf_counter() - began
@@ -38,9 +44,10 @@ def timed_call(function: Callable, *operands: Any) -> tuple[Any, float]:
 
 
 def time_in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Time every call once in each of ``repeats`` rounds, so that a noisy moment of the machine hits all alike.
+    """Time every call once in each of ``repeats`` rounds.
 
-    One round before them warms up and is not counted.
+    So a noisy moment of the machine hits all alike. One round before them warms up and is not
+    counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -48,21 +55,31 @@ def time_in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
             _, taken = timed_call(call)
             if repeat:
                 seconds[name].append(taken)
-    return {name: Timing(statistics.median(taken), min(taken)) for name, taken in seconds.items()}
+    timings = {}
+    for name, taken_by_call in seconds.items():
+        timings[name] = Timing(median=statistics.median(taken_by_call), minimum=min(taken_by_call))
+    return timings
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> None:
-    """Columns as wide as their widest cell; the first ``labels`` of them flush left, numbers flush right."""
+    """Columns as wide as their widest cell.
+
+    The first ``labels`` of them are flush left, numbers flush right.
+    """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for cells in (header, ["-" * width for width in widths], *rows):
-        aligned = [c.ljust(w) if i < labels else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    rule = ["-" * width for width in widths]
+    for cells in (header, rule, *rows):
+        aligned = []
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            aligned.append(cell.ljust(width) if i < labels else cell.rjust(width))
         print("  ".join(aligned).rstrip(), flush=True)
 
 
 def machine() -> dict[str, Any]:
     """The device, the commit and the versions that a figure belongs to."""
     about = common.provenance()
-    return about | {"device": f"{about['device']}, {os.cpu_count()} CPU cores, {platform.machine()}"}
+    device = f"{about['device']}, {os.cpu_count()} CPU cores, {platform.machine()}"
+    return {**about, "device": device}
 
 
 def save_json(path: str, content: dict[str, Any]) -> None:
