@@ -45,14 +45,14 @@ def wild_actions(rng: np.random.Generator, steps: int, size: int) -> np.ndarray:
     return np.repeat(held, 10, axis=0)[:steps].clip(-1, 1)
 
 
-def guided_actions(name: str, env: Any, steps: int) -> np.ndarray:
+def guided_actions(name: str, env: Any, steps: int, search: bool = True) -> np.ndarray:
     """Actions (steps, A) that were found by a controller on dm_control itself, from its present start.
 
     It knows the state: energy for what swings, a spring and damper for what reaches; of the fingers and the cup the
-    best of many rhythms.
+    best of many rhythms, or without a search any.
     """
     if FAMILY[name] in ("ball_in_cup", "finger"):
-        return best_rhythm(name, env, steps)
+        return best_rhythm(name, env, steps, candidates=256 if search else 1)
     actions = []
     state = env.physics.get_state().copy()
     for _ in range(steps):
@@ -91,17 +91,19 @@ def controller(name: str, env: Any) -> np.ndarray:
     return np.linalg.solve(directions.T, -8.0 * position - 4.0 * velocity)
 
 
-def best_rhythm(name: str, env: Any, steps: int, candidates: int = 256) -> np.ndarray:
+def best_rhythm(name: str, env: Any, steps: int, candidates: int) -> np.ndarray:
     """Of many sine waves of random amplitude, rhythm and phase, the one with the highest return from this start."""
     ours, params = control_jax.make(name, "c")
-    rng = np.random.default_rng(0)
+    data = env.physics.data
+    rng = np.random.default_rng(np.frombuffer(data.qpos.tobytes(), np.uint32))
     size = ours.num_actions
     amplitude, phase = rng.uniform(0.3, 1.5, (candidates, 1, size)), rng.uniform(0, 2 * np.pi, (candidates, 1, size))
     rhythm = rng.uniform(0.02, 0.6, (candidates, 1, 1))
     middle = rng.uniform(-0.5, 0.5, (candidates, 1, size))
     time = np.arange(steps)[None, :, None]
     actions = (middle + amplitude * np.sin(rhythm * time + phase)).clip(-1, 1)
-    data = env.physics.data
+    if candidates == 1:
+        return actions[0]
     state = as_ours(ours, data.qpos, data.qvel, data.qacc_warmstart, hidden_of(name, env))
     returns = jax.jit(partial(returns_from, ours, params))(state, jnp.asarray(actions, jnp.float32))
     return actions[int(np.argmax(returns))]
@@ -160,8 +162,10 @@ def episodes_of(name: str, episodes: int, steps: int) -> Played:
     for episode in range(episodes):
         env.reset()
         start = as_ours(control_jax.make(name, "c")[0], *start_of(name, env))
-        guided = episode % 2 == 0
-        actions = guided_actions(name, env, steps) if guided else wild_actions(rng, steps, env.action_spec().shape[0])
+        if episode % 2:
+            actions = wild_actions(rng, steps, env.action_spec().shape[0])
+        else:
+            actions = guided_actions(name, env, steps, search=episode < 8)
         played.append(play(name, env, actions, start))
     return Played(*(np.concatenate(parts) for parts in zip(*played, strict=True)))
 
