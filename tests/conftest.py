@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ SCRIPT = ROOT / "ppo_s5_popgym.py"
 ARCHS = ("s5", "s5-noreset", "gru", "attention", "mlp")
 RESETTING = ("s5", "gru", "attention")  # those with a memory that an episode's start empties
 QUICK = "--xla_backend_optimization_level=0"  # LLVM's optimiser off: most of a tiny run is compilation
+UNOPTIMISED = {"xla_backend_optimization_level": 0}  # the same for one program
 TWO_DEVICES = f"{QUICK} --xla_force_host_platform_device_count=2"
 TINY: dict[str, Any] = {
     "env": "RepeatPreviousEasy",
@@ -90,7 +93,30 @@ def assert_refused(main: Any, flags: list[str], words: str, tmp_path: Path, monk
 
 def fast_jit(function: Any, *bound: Any) -> Any:
     """jax.jit with LLVM's optimiser off, for large programs that run for a moment only."""
-    return jax.jit(partial(function, *bound), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(partial(function, *bound), compiler_options=UNOPTIMISED)
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """In this test jax.jit is fast_jit."""
+    with quickly():
+        yield
+
+
+@contextmanager
+def quickly() -> Iterator[pytest.MonkeyPatch]:
+    """jax.jit is fast_jit, also for what the scripts compile."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=UNOPTIMISED))
+        yield monkeypatch
+
+
+def run_here(main: Any, *flags: Any, cwd: Path, code: int = 0) -> None:
+    """A script's main, with this exit code, without a process of its own: starting one takes as long as a tiny run."""
+    with quickly() as monkeypatch:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        assert common.run_main(main) == code
 
 
 def nearly_over(state: Any, params: Any) -> Any:
@@ -182,6 +208,8 @@ def net(request: pytest.FixtureRequest) -> Net:
 
 
 def cached_net(arch: str, **flags: Any) -> Net:
+    if arch != "attention":  # the others have no window
+        flags.pop("attention_window", None)
     name = (arch, *sorted(flags.items()))
     if name not in _nets:
         _nets[name] = Net(arch, **flags)

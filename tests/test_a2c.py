@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from bsuite.environments import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
 from bsuite.experiments import summary_analysis
 from bsuite.logging import csv_load
-from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, start_script
+from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, run_here, start_script
 
 import a2c_s5_bsuite as a2c
 import s5_common as common
@@ -113,7 +114,7 @@ def test_umbrella_rewards_and_distractors_are_fair_coins():
 
         return jax.lax.scan(step, state, jax.random.split(key, 49))[1]
 
-    bits, rewards = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(0), 200))
+    bits, rewards = fast_jit(jax.vmap(episode))(jax.random.split(jax.random.key(0), 200))
     assert abs(float(bits.mean()) - 0.5) < 4 * 0.5 / np.sqrt(bits.size)
     assert abs(float(rewards.mean())) < 4 / np.sqrt(rewards.size)
 
@@ -129,7 +130,7 @@ def test_memory_chains_of_any_length_end_after_one_step_more(memory_length):
         return state, reward
 
     keys = jax.random.split(jax.random.key(1), task.length)
-    rewards = jax.jit(lambda state: jax.lax.scan(step, state, keys)[1])(state)
+    rewards = fast_jit(lambda state: jax.lax.scan(step, state, keys)[1])(state)
     assert task.length == memory_length + 1
     assert (rewards[:-1] == 0).all() and (jnp.abs(rewards[-1]) == 1).all()
 
@@ -169,26 +170,29 @@ def test_td_lambda_returns_by_hand():
     np.testing.assert_allclose(found[:, 0], [1.375, 1.5, 4.0], rtol=1e-6)
 
 
-def play_two_segments(setup, T):
-    """The first two segments of an episode with fresh parameters: the runner before, the segment, the value after."""
+@cache
+def play_two_segments(arch="s5", T=4):
+    """A setup and the first two segments of an episode with fresh parameters: the runner before, the segment, the value
+    after."""
+    setup = a2c.make_setup(small_args(arch=arch, memory_length=10))
     runner = fast_jit(lambda seed: a2c.init_runner(setup, seed))(0)
     collect = fast_jit(lambda runner: a2c.collect_segment(setup, runner, T))
     middle, first, value = collect(runner)
-    return [(runner, first, value), (middle, *collect(middle)[1:])]
+    return setup, [(runner, first, value), (middle, *collect(middle)[1:])]
 
 
 @pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "attention", "mlp"])
 def test_acting_and_learning_see_the_same_network(arch):
     """The learner's scan from the carry stored at a segment's start gives what step by step acting gives."""
-    setup = a2c.make_setup(small_args(arch=arch, memory_length=10))
-    played = play_two_segments(setup, 4)
+    setup, played = play_two_segments(arch)
     params = played[0][0].params
-    kernels = setup.network.apply(params, method="kernels")
+    scan, step = (fast_jit(partial(setup.network.apply, method=method)) for method in ("scan", "step"))
+    kernels = fast_jit(partial(setup.network.apply, method="kernels"))(params)
     for runner, segment, following in played:
         carry, start = runner.carry, segment.start
-        end, logits, values = setup.network.apply(params, carry, segment.obs, start, method="scan")
+        end, logits, values = scan(params, carry, segment.obs, start)
         for t in range(4):
-            carry, now, value = setup.network.apply(params, kernels, carry, segment.obs[t], start[t], method="step")
+            carry, now, value = step(params, kernels, carry, segment.obs[t], start[t])
             np.testing.assert_allclose(now, logits[t], atol=1e-5)
             np.testing.assert_allclose(value, values[t], atol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), carry, end)
@@ -196,7 +200,7 @@ def test_acting_and_learning_see_the_same_network(arch):
     # the value that the first segment is bootstrapped from is that of the second's first observation
     runner, segment, _ = played[1]
     np.testing.assert_array_equal(runner.obs, segment.obs[0])
-    first_value = setup.network.apply(params, runner.carry, segment.obs, segment.start, method="scan")[2][0]
+    first_value = scan(params, runner.carry, segment.obs, segment.start)[2][0]
     np.testing.assert_allclose(played[0][2], first_value, atol=1e-5)
 
 
@@ -206,10 +210,9 @@ def test_gain_makes_slow_states_hear_as_loudly_as_fast_ones():
     size = {}
     for gain in (True, False):
         layer = a2c.S5Layer(dataclasses.replace(args, s5_gain=gain))
-        params = layer.init(
-            jax.random.key(0), layer.initial_carry(1), jnp.ones((1, 1, 16)), jnp.ones((1, 1)), method="scan"
-        )
-        _, B_bar, _ = layer.apply(params, method="kernels")
+        init = fast_jit(partial(layer.init, method="scan"))
+        params = init(jax.random.key(0), layer.initial_carry(1), jnp.ones((1, 1, 16)), jnp.ones((1, 1)))
+        _, B_bar, _ = fast_jit(partial(layer.apply, method="kernels"))(params)
         p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
         Lambda, step = p["Lambda_re"] + 1j * p["Lambda_im"], np.exp(p["log_step"])
         B = (p["B_tilde"][:, :16] + 1j * p["B_tilde"][:, 16:]) * (args.s5_dt_max / step if gain else 1.0)
@@ -249,8 +252,8 @@ def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
 
 @pytest.mark.parametrize("last", [True, False])
 def test_what_follows_a_segment_is_worth_its_value_and_nothing_after_the_end(monkeypatch, last):
-    setup, given = a2c.make_setup(small_args(memory_length=10)), []
-    runner, _, value = play_two_segments(setup, 4)[0]
+    setup, ((runner, _, value), _) = play_two_segments()
+    given = []
     loss = a2c.a2c_loss
 
     def recorded(*arguments):
@@ -278,7 +281,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be_evaluated(tmp_path):
+def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be_evaluated(tmp_path, capsys):
     finish(run_script(*as_flags(**SMALL, num_seeds=2, run_dir="run"), cwd=tmp_path))
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
@@ -295,8 +298,8 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
         assert float(log[-1]["total_return"]) == pytest.approx(total, abs=1e-3)
         assert int(log[-1]["total_perfect"]) == (400 + round(total)) // 2
         assert int(log[-1]["total_regret"]) == 2 * (400 - int(log[-1]["total_perfect"]))
-    out, _ = finish(run_script("--eval", "run", cwd=tmp_path))
-    assert out.count("8 episodes: mean") == 2
+    run_here(a2c.main, "--eval", "run", cwd=tmp_path)
+    assert capsys.readouterr().out.count("8 episodes: mean") == 2
 
 
 def assert_close(run, other):
@@ -388,7 +391,8 @@ def test_sweeps_have_the_settings_of_bsuite(sweep, settings):
         ("catch", np.ones((10_000, 2)), 1.0),
         ("bandit", np.ones((10_000, 2)), 1.0),
         ("discounting_chain", np.full((1000, 2), 1.1), 1.0),
-        ("deep_sea", np.ones((10_000, 2)), None),  # its analysis calls a method that pandas 2 has no more
+        # its analysis calls a method that pandas 2 has no more
+        pytest.param("deep_sea", np.ones((10_000, 2)), None, marks=pytest.mark.slow),
     ],
 )
 def test_bsuites_own_analysis_reads_and_scores_a_log(sweep, history, score, tmp_path):
@@ -406,12 +410,10 @@ def test_bsuites_own_analysis_reads_and_scores_a_log(sweep, history, score, tmp_
 
 
 def test_a_sweep_writes_what_csv_load_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    flags = as_flags(**SMALL | {"num_episodes": 40}, sweep="memory_size", run_dir="sweep")
+    flags = as_flags(**SMALL | {"num_episodes": 40, "arch": "mlp"}, sweep="memory_size", run_dir="sweep")
     monkeypatch.setitem(a2c.SWEEPS, "memory_size", (a2c.SWEEPS["memory_size"][0], a2c.SWEEPS["memory_size"][1][:2]))
-    monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second time there is nothing left to do
-        monkeypatch.setattr(sys, "argv", ["a2c_s5_bsuite.py", *flags])
-        assert common.run_main(a2c.main) == 0
+        run_here(a2c.main, *flags, cwd=tmp_path)
         stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("summary.json"))]
         assert len(stamps) == 2
     frame = csv_load.load_one_result_set(str(tmp_path / "sweep" / "logs"))

@@ -1,6 +1,7 @@
 """What PPO adds for learning in context: the discount of a failed trial, an observation's change, the multiplicative
 readout, and the identification loss."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -93,7 +94,7 @@ def test_the_end_of_an_episode_cut_off_by_time_is_valued_with_its_own_change():
     flags = {"env": "PositionOnlyCartPoleEasy", "obs_change": 10.0, "num_envs": 8, "num_steps": 8}
     setup = ppo.make_setup(tiny_args(**flags))
     setup = setup._replace(env_params=setup.env_params.replace(max_steps_in_episode=5))
-    obs, state = ppo.reset_envs(setup, jax.random.PRNGKey(0), 8)
+    obs, state = fast_jit(lambda key: ppo.reset_envs(setup, key, 8))(jax.random.PRNGKey(0))
     step = fast_jit(ppo.step_envs, setup)
     for t in range(5):
         after = step(jax.random.PRNGKey(t), state, obs, jnp.zeros(8, jnp.int32))
@@ -104,8 +105,10 @@ def test_the_end_of_an_episode_cut_off_by_time_is_valued_with_its_own_change():
 
 # ---- readout ---------------------------------------------------------------------------------------------------------
 
+SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("s5-noreset", "gru", "attention", "mlp")]
 
-@pytest.mark.parametrize("arch", ["s5", "s5-noreset", "gru", "attention", "mlp"])
+
+@pytest.mark.parametrize("arch", ["s5", *SLOW])
 def test_scan_and_step_are_equal_with_the_multiplicative_readout(arch):
     net = Net(arch, readout="multiplicative", readout_size=3)
     obs, start = random_sequence(1, 12, 2, net.features)
@@ -121,7 +124,7 @@ def test_the_readout_is_a_product_of_what_is_remembered_with_what_is_seen():
     net = Net("s5", readout="multiplicative", readout_size=3)
     h = jax.random.normal(jax.random.PRNGKey(0), (7, net.args.s5_width), jnp.float32)
     f = jax.random.normal(jax.random.PRNGKey(1), (7, net.features), jnp.float32)
-    found = net.module.apply(net.params, h, f, method="multiply")
+    found = fast_jit(partial(net.module.apply, method="multiply"))(net.params, h, f)
     layer = net.params["params"]["products"]
     W = (h @ layer["kernel"] + layer["bias"]).reshape(7, 3, net.features)
     np.testing.assert_allclose(found[:, : h.shape[1]], h)
@@ -189,9 +192,8 @@ def test_the_identification_loss_is_added_with_its_weight_and_teaches_the_memory
 
     (one, metrics), slopes = value_and_slopes(1.0)
     (three, _), steeper = value_and_slopes(3.0)
-    _, _, identified = meta.setup.network.apply(
-        meta.runner.params, meta.runner.carry, meta.rollout.obs, meta.rollout.start, method="scan_and_identify"
-    )
+    identify = fast_jit(partial(meta.setup.network.apply, method="scan_and_identify"))
+    _, _, identified = identify(meta.runner.params, meta.runner.carry, meta.rollout.obs, meta.rollout.start)
     assert float(metrics["aux_loss"]) == pytest.approx(
         float(np.mean((identified - meta.rollout.hidden) ** 2)), rel=1e-4
     )
@@ -200,9 +202,6 @@ def test_the_identification_loss_is_added_with_its_weight_and_teaches_the_memory
     for name in ("actor", "critic", "products"):
         assert max(jax.tree.leaves(moved[name])) < 1e-6
     assert max(jax.tree.leaves(moved["memory_0"])) > 1e-5 and max(jax.tree.leaves(moved["encoder"])) > 1e-5
-
-
-SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("s5-noreset", "gru", "attention", "mlp")]
 
 
 @pytest.mark.parametrize("arch", ["s5", *SLOW])

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +53,39 @@ def assert_same_with_64_bits(function, **flags):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def assert_same_types_with_64_bits(init, update, seed):
+    """Those of the runner, before and after an update, and of the metrics; nothing is compiled."""
+
+    def types_of(tree):
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    runner = jax.eval_shape(init, seed)
+    narrow = types_of(runner), types_of(jax.eval_shape(update, runner))
+    with jax.enable_x64(True):
+        runner = jax.eval_shape(init, seed)
+        wide = types_of(runner), types_of(jax.eval_shape(update, runner))
+    assert wide == narrow
+    assert all(dtype.itemsize <= 4 for part in wide for _, dtype in part)
+
+
+def others_are_slow(archs):
+    """S5 by default; with the other memories the learner is the same."""
+    return [pytest.param(arch, marks=[] if arch == "s5" else [pytest.mark.slow]) for arch in archs]
+
+
+@pytest.mark.parametrize("env", ["RepeatPreviousEasy", "PositionOnlyPendulumEasy"])
 @pytest.mark.parametrize("arch", ARCHS)
+def test_ppo_has_the_same_types_with_64_bits(arch, env):
+    setup = ppo.make_setup(tiny_args(**ONE_UPDATE, arch=arch, env=env))
+    assert_same_types_with_64_bits(partial(ppo.init_runner, setup), partial(ppo.update, setup), jax.random.PRNGKey(0))
+
+
+@pytest.mark.parametrize("arch", others_are_slow(ARCHS))
 def test_ppo_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(ppo_updates, arch=arch)
 
 
+@pytest.mark.slow
 def test_ppo_with_continuous_actions_is_the_same_with_64_bits():
     assert_same_with_64_bits(ppo_updates, env="PositionOnlyPendulumEasy", arch="mlp")
 
@@ -72,6 +101,13 @@ def test_the_evaluation_of_trials_is_the_same_with_64_bits():
 
 
 @pytest.mark.parametrize("arch", A2C_ARCHS)
+def test_a2c_has_the_same_types_with_64_bits(arch):
+    setup = a2c.make_setup(small_args(num_steps=4, num_envs=2, arch=arch))
+    init, update = partial(a2c.init_runner, setup), partial(a2c.update_episode, setup)
+    assert_same_types_with_64_bits(init, update, jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize("arch", others_are_slow(A2C_ARCHS))
 def test_a2c_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(a2c_updates, arch=arch)
 
@@ -156,29 +192,44 @@ PPO_SIZES = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs
 NETWORK = {"encoder_layers": (8,), "s5_width": 8, "s5_state": 4}
 
 
+def trained_or_typed(presets, archs):
+    """Every memory in the default preset, and every preset with S5, are trained; of the rest the types are enough."""
+    for preset in presets:
+        for arch in archs:
+            yield preset, arch, arch == "s5" or preset == "default"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("preset", ppo.PRESETS)
-def test_every_preset_of_ppo_trains_with_every_memory(preset, arch):
+@pytest.mark.parametrize(("preset", "arch", "trained"), list(trained_or_typed(ppo.PRESETS, ARCHS)))
+def test_every_preset_of_ppo_trains_with_every_memory(preset, arch, trained):
     """With the preset's own number of layers; an environment whose time limit is within the rollout."""
     args = ppo.Args(**ppo.PRESETS[preset] | PPO_SIZES | NETWORK | {"decoder_layers": (8,), "attention_window": 4})
     env = "MetaStatelessCartPole" if preset == "meta" else "RepeatPreviousEasy"
     args = dataclasses.replace(args, arch=arch, env=env)
     args.check()
     setup = ppo.make_setup(args)
+    if not trained:
+        runner = jax.eval_shape(partial(ppo.init_runner, setup), jax.random.PRNGKey(0))
+        later, _ = jax.eval_shape(partial(ppo.update, setup), runner)
+        assert args.preset == preset and later == runner
+        return
     runner, metrics = fast_jit(ppo.update, setup)(fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)))
     assert args.preset == preset and metrics["first_ratio_error"] < 1e-5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(runner.params))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", A2C_ARCHS)
-@pytest.mark.parametrize("preset", a2c.PRESETS)
-def test_every_preset_of_a2c_trains_with_every_memory(preset, arch):
+@pytest.mark.parametrize(("preset", "arch", "trained"), list(trained_or_typed(a2c.PRESETS, A2C_ARCHS)))
+def test_every_preset_of_a2c_trains_with_every_memory(preset, arch, trained):
     args = a2c.Args(**a2c.PRESETS[preset] | NETWORK | {"memory_length": 40, "num_episodes": 20})
     args = dataclasses.replace(args, arch=arch)
     args.check()
     setup = a2c.make_setup(args)
+    if not trained:
+        runner = jax.eval_shape(partial(a2c.init_runner, setup), jnp.zeros((), jnp.int32))
+        later, _ = jax.eval_shape(partial(a2c.update_episode, setup), runner)
+        assert args.preset == preset and later == runner
+        return
     runner = fast_jit(a2c.init_runner, setup)(jnp.zeros((), jnp.int32))
     runner, metrics = fast_jit(a2c.update_episode, setup)(runner)
     assert args.preset == preset and int(runner.finished) == args.num_envs

@@ -101,7 +101,7 @@ def dependence(net, carry, obs, start):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_output_depends_on_exactly_the_episode_so_far(arch):
     """Never on a later observation and, with resets, never on the previous episode's or on the stored carry."""
-    net, length = cached_net(arch, attention_window=16), 14
+    net, length = cached_net(arch, attention_window=32), 14
     start = jnp.zeros((length, 1)).at[jnp.array([4, 9])].set(1.0)
     obs, _ = random_sequence(8, length, 1, net.features)
     on_obs, on_carry = dependence(net, net.stored_carry(1), obs, start)
@@ -120,7 +120,7 @@ def test_output_depends_on_exactly_the_episode_so_far(arch):
 def test_attention_sees_its_window_and_nothing_older(layers):
     """A layer reads the last W steps, this one included; two layers reach W - 1 steps further."""
     window, length = 5, 16
-    net = cached_net("attention", s5_layers=layers, attention_window=window)
+    net = cached_net("attention", attention_window=window, **{} if layers == 2 else {"s5_layers": layers})
     obs, _ = random_sequence(9, length, 1, net.features)
     start = jnp.zeros((length, 1)).at[0].set(1.0)
     on_obs, _ = dependence(net, net.initial_carry(1), obs, start)
@@ -151,7 +151,7 @@ def test_memory_reaches_back_to_the_first_step_of_the_episode(arch):
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("discrete", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_parameters_are_real_and_the_gradient_reaches_every_one(net: Net, discrete):
     net = cached_net(net.args.arch, discrete=discrete)
     obs, start = random_sequence(13, T, B, net.features)

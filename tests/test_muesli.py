@@ -199,7 +199,7 @@ def test_scan_and_step_give_the_same_latents_with_any_resets(arch):
     params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
     middle, _ = fast_jit(partial(network.apply, method="scan"))(params, carry, obs[::-1], start)  # not all zero
     _, whole = fast_jit(partial(network.apply, method="scan"))(params, middle, obs, start)
-    kernels = network.apply(params, method="kernels")
+    kernels = fast_jit(partial(network.apply, method="kernels"))(params)
     step = fast_jit(partial(network.apply, method="step"))
     for t in range(12):
         middle, h = step(params, kernels, middle, obs[t], start[t])
@@ -225,8 +225,10 @@ def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_
     setup = toy_setup(monkeypatch, arch="mlp", state_std=state_std)
     params, h = first_runner(setup).params, jax.random.normal(jax.random.PRNGKey(1), (7, 16))
 
+    policy = fast_jit(partial(setup.network.apply, method="policy"))
+
     def std(params):
-        return np.exp(setup.network.apply(params, h, method="policy").log_std)
+        return np.exp(policy(params, h).log_std)
 
     np.testing.assert_allclose(std(params), np.full((7, 2), 0.7), rtol=0.02)
     steep = std(jax.tree.map(lambda x: x * 500 if x.ndim == 2 else x, params))  # matrices, not the parameter log_std
@@ -241,13 +243,17 @@ def test_a_standard_deviation_outside_of_its_bounds_can_come_back(monkeypatch):
     setup = toy_setup(monkeypatch, arch="mlp")
     params, h = first_runner(setup).params, jnp.zeros((1, 16))
 
-    def log_std(value):
+    @fast_jit
+    def found_and_gradients(value):
         own = jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.full_like(x, value) if "log_std" in str(path) else x, params
         )
         found, slope = jax.vjp(lambda own: setup.network.apply(own, h, method="policy").log_std[0], own)
-        gradients = [slope(jnp.full(2, g))[0]["params"]["log_std"].tolist() for g in (1.0, -1.0)]
-        return found.tolist(), gradients  # where descent leads down, then where it leads up
+        return found, [slope(jnp.full(2, g))[0]["params"]["log_std"] for g in (1.0, -1.0)]
+
+    def log_std(value):
+        found, gradients = found_and_gradients(value)
+        return found.tolist(), [x.tolist() for x in gradients]  # where descent leads down, then where it leads up
 
     assert log_std(-2.35) == ([pytest.approx(math.log(0.1))] * 2, [[0.0, 0.0], [-1.0, -1.0]])
     assert log_std(0.02) == ([0.0, 0.0], [[1.0, 1.0], [0.0, 0.0]])
@@ -274,8 +280,10 @@ def test_descent_brings_a_standard_deviation_back_from_outside(state_std, monkey
 def test_the_real_part_of_lambda_stays_negative_and_can_come_back():
     layer = muesli.S5Layer(small_args())
     u, start = jnp.ones((3, 2, 16)), jnp.zeros((3, 2))
-    params = layer.init(jax.random.PRNGKey(0), layer.initial_carry(2), u, start, method="scan")
+    init = fast_jit(partial(layer.init, method="scan"))
+    params = init(jax.random.PRNGKey(0), layer.initial_carry(2), u, start)
 
+    @fast_jit
     def growth(value, direction):
         """|Lambda_bar|, and the gradient of Lambda_re for a loss that falls with it (1) or rises (-1)."""
         own = {"params": params["params"] | {"Lambda_re": jnp.full(8, value)}}
@@ -285,7 +293,7 @@ def test_the_real_part_of_lambda_stays_negative_and_can_come_back():
             return jnp.hypot(Lambda_bar[:8], Lambda_bar[8:])
 
         slope = jax.grad(lambda own: direction * size(own).sum())(own)["params"]["Lambda_re"]
-        return np.asarray(size(own)), np.asarray(slope)
+        return size(own), slope
 
     assert (growth(0.3, 1.0)[0] < 1).all()
     assert (growth(0.3, 1.0)[1] > 0).all() and (growth(0.3, -1.0)[1] == 0).all()  # descent leads back, or further out
@@ -386,9 +394,13 @@ def test_the_targets_are_those_of_a_plain_loop(learnt, retrace_q):
 def test_replay_of_a_rollout_gives_the_log_probs_that_were_acted_with(learnt):
     setup, runner, rollout, _, _ = learnt
     assert rollout.terminated.any() and float(jnp.abs(runner.carry[0]).max()) > 0
-    apply = partial(setup.network.apply, runner.params)
-    _, h = apply(runner.carry, rollout.obs, rollout.start, method="scan")
-    np.testing.assert_allclose(apply(h, method="policy").log_prob(rollout.action), rollout.log_prob, atol=1e-5)
+
+    @fast_jit
+    def log_prob():
+        _, h = setup.network.apply(runner.params, runner.carry, rollout.obs, rollout.start, method="scan")
+        return setup.network.apply(runner.params, h, method="policy").log_prob(rollout.action)
+
+    np.testing.assert_allclose(log_prob(), rollout.log_prob, atol=1e-5)
 
 
 def test_gradients_do_not_reach_the_target_network_which_is_a_moving_average_of_the_parameters(learnt):
@@ -408,7 +420,7 @@ def test_the_model_loss_is_that_of_a_plain_loop(learnt, K=3):
     apply = partial(setup.network.apply, runner.params)
     rollout = rollout._replace(start=rollout.start.at[4, 0].set(1.0))  # a meta-episode that ends within the rollout
     h = jax.random.normal(jax.random.PRNGKey(0), (*rollout.reward.shape, 16))
-    found = muesli.model_loss(apply, args, h, rollout, targets)
+    found = fast_jit(partial(muesli.model_loss, apply, args))(h, rollout, targets)
     T, B = rollout.reward.shape
     sums = {name: np.zeros(K) for name in found}
     model, value, policy = (fast_jit(partial(apply, method=name)) for name in ("model", "value", "policy"))
@@ -445,8 +457,10 @@ def test_the_gradient_is_halved_through_the_models_input(learnt):
         z, reward = apply(h, rollout.action, method="model")
         return jnp.mean(muesli.cross_entropy(reward, rollout.reward))
 
-    halved = jax.grad(lambda h: muesli.model_loss(apply, whole, h, rollout, targets)["model_reward_loss"])(h)
-    np.testing.assert_allclose(halved, 0.5 * jax.grad(plain)(h), atol=1e-7)
+    def halved(h):
+        return muesli.model_loss(apply, whole, h, rollout, targets)["model_reward_loss"]
+
+    np.testing.assert_allclose(fast_jit(jax.grad(halved))(h), 0.5 * fast_jit(jax.grad(plain))(h), atol=1e-7)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms_each_of_which_can_be_switched_off(learnt):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fast_jit
 from popgym.envs.battleship import Battleship as ReferenceBattleship
 from popgym.envs.minesweeper import HiddenSquare
 from popgym.envs.multiarmed_bandit import MultiarmedBandit as ReferenceBandit
@@ -317,7 +318,7 @@ def test_numbers_on_the_board_have_the_law_of_the_reference(name):
 def arms(num: int = 8000) -> np.ndarray:
     """Probabilities of fresh episodes, (num, 10)."""
     env = MultiarmedBandit()
-    reset = jax.jit(jax.vmap(env.reset_env, (0, None)))
+    reset = fast_jit(jax.vmap(env.reset_env, (0, None)))
     return np.asarray(reset(jax.random.split(jax.random.key(11), num), env.default_params)[1].probabilities)
 
 
@@ -526,9 +527,9 @@ def test_minesweeper_is_truncated_at_its_last_click_only_where_that_neither_wins
 def test_velocity_only_cartpole_shows_positions_at_every_start_and_velocities_after():
     env, params = popgym_jax.make("VelocityOnlyCartPoleEasy")
     keys = jax.random.split(jax.random.key(18), 64)
-    obs, state = jax.vmap(env.reset, (0, None))(keys, params)
+    obs, state = fast_jit(jax.vmap(env.reset, (0, None)))(keys, params)
     np.testing.assert_array_equal(obs, state.physics[:, ::2])
-    step = jax.jit(jax.vmap(env.step, (0, 0, None, None)))
+    step = fast_jit(jax.vmap(env.step, (0, 0, None, None)))
     starts = 0
     for _ in range(15):  # pushed one way the pole falls after 8 to 11 steps
         obs, state, _, terminated, _, info = step(keys, state, 1, params)

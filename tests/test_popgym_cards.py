@@ -9,6 +9,7 @@ import popgym.envs.concentration
 import popgym.envs.count_recall
 import popgym.envs.higher_lower
 import pytest
+from conftest import fast_jit
 from scipy import stats
 
 from popgym_jax.autoencode import Autoencode
@@ -91,7 +92,7 @@ def play(env, actions: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarra
         return jnp.concatenate([first[None], later]), rewards
 
     keys = jax.random.split(jax.random.key(seed), len(actions))
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(episode))(keys, actions))
+    return jax.tree.map(np.asarray, fast_jit(jax.vmap(episode))(keys, actions))
 
 
 def idle(env, episodes: int, seed: int = 0) -> np.ndarray:
@@ -133,7 +134,7 @@ def both(env: Concentration, reference, choose, steps: int, seed: int = 3):
     kinds = reference.deck_idx_type[reference.deck.idx]
     params = env.default_params
     obs, state = BRIDGES["Concentration"].start(env, params, kinds.astype(np.int8), {})
-    step = jax.jit(env.step_env)
+    step = fast_jit(env.step_env)
     theirs, ours = [], []
     for t in range(steps):
         action = int(choose(kinds, t))
@@ -306,7 +307,7 @@ def test_agreement_statistic_sees_two_decks_that_are_dealt_alike(agree):
 def tables(env: Concentration, seed: int = 5) -> np.ndarray:
     """Kinds by position of EPISODES resets, (EPISODES, N)."""
     keys = jax.random.split(jax.random.key(seed), EPISODES)
-    state = jax.jit(jax.vmap(env.reset_env, in_axes=(0, None)))(keys, env.default_params)[1]
+    state = fast_jit(jax.vmap(env.reset_env, in_axes=(0, None)))(keys, env.default_params)[1]
     faces = np.asarray(state.faces).reshape(EPISODES, env.num_cards, -1)
     np.testing.assert_array_equal(faces.argmax(-1), state.kinds)
     assert (faces.sum(-1) == 1).all()
@@ -355,13 +356,17 @@ def test_every_game_of_concentration_begins_with_other_cards_face_down():
         obs, state, _, terminated, truncated, _ = jax.vmap(env.step, (0, 0, 0, None))(keys, carry, actions, params)
         return state, (obs, state, terminated | truncated)
 
-    _, state = jax.vmap(env.reset, (0, None))(jax.random.split(jax.random.key(6), batch), params)
-    later = jax.lax.scan(step, state, jax.random.split(jax.random.key(7), 2 * 104))[1]
-    obs, states, done = jax.tree.map(np.asarray, later)
+    @fast_jit
+    def play(reset_keys, step_keys):
+        _, state = jax.vmap(env.reset, (0, None))(reset_keys, params)
+        return state, jax.lax.scan(step, state, step_keys)[1]
+
+    keys = jax.random.split(jax.random.key(6), batch), jax.random.split(jax.random.key(7), 2 * 104)
+    state, (obs, states, done) = jax.tree.map(np.asarray, play(*keys))
     assert done[[103, 207]].all() and done.sum() == 2 * batch  # random play does not finish
     for t in (103, 207):
         assert (obs[t].reshape(batch, 52, 14).argmax(-1) == 13).all()
         assert not states.face_up[t].any() and (states.first[t] == -1).all() and not states.time[t].any()
         assert (np.sort(states.kinds[t], axis=1) == np.arange(52) // 4).all()
-    games = np.concatenate([np.asarray(state.kinds), states.kinds[103], states.kinds[207]])
+    games = np.concatenate([state.kinds, states.kinds[103], states.kinds[207]])
     assert len(np.unique(games, axis=0)) == 3 * batch

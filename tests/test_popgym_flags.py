@@ -82,7 +82,7 @@ def assert_same(found: Any, expected: Any) -> None:
 # ---------------------------------------------------------------- 64-bit mode
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batched", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", EASY)
 def test_no_wrapper_returns_wide_types_in_64_bit_mode(name, batched):
     """Every environment without wrappers, its numbers too: test_popgym_properties.py."""
@@ -104,7 +104,9 @@ def test_no_wrapper_returns_wide_types_in_64_bit_mode(name, batched):
     assert {"float32", "int32", "bool"} <= types <= {"float32", "int32", "bool", "uint32", "int8"}
 
 
-@pytest.mark.parametrize("name", ["MetaNoisyStatelessCartPole", "PositionOnlyPendulumEasy"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("MetaNoisyStatelessCartPole", marks=pytest.mark.slow), "PositionOnlyPendulumEasy"]
+)
 def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
     words, actions = inputs(name)
     usual = jax.device_get(fast_jit(play_many, projected(name))(words, actions))
@@ -120,7 +122,13 @@ def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["NoisyPositionOnlyPendulumEasy", "MetaNoisyStatelessCartPole", "RepeatPreviousEasy", "BattleshipEasy"]
+    "name",
+    [
+        "NoisyPositionOnlyPendulumEasy",
+        "MetaNoisyStatelessCartPole",
+        pytest.param("RepeatPreviousEasy", marks=pytest.mark.slow),
+        pytest.param("BattleshipEasy", marks=pytest.mark.slow),
+    ],
 )
 def test_no_wrapper_makes_a_nan_on_the_way_and_none_needs_jit(name):
     """Without jit, every intermediate result is looked at. The other environments: test_popgym_properties.py."""

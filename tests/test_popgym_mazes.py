@@ -2,12 +2,14 @@
 
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fast_jit
 from mazelib.generate.BacktrackingGenerator import BacktrackingGenerator
 from mazelib.generate.HuntAndKill import HuntAndKill
 from mazelib.generate.Prims import Prims
@@ -124,12 +126,18 @@ def same_law_p_value(one: Sample, other: Sample) -> float:
     return min(1.0, len(p_values) * min(p_values))
 
 
-@pytest.mark.parametrize("size", SIZES.values())
+def larger_are_slow(sizes: Iterable[int]) -> list[Any]:
+    """Those of Medium and Hard: the same program for more cells."""
+    larger = [size for level, size in SIZES.items() if level != "Easy"]
+    return [pytest.param(size, marks=[pytest.mark.slow] if size in larger else []) for size in sizes]
+
+
+@pytest.mark.parametrize("size", larger_are_slow(SIZES.values()))
 def test_mazes_follow_the_law_of_the_reference(size):
     assert same_law_p_value(our_mazes(size), reference_mazes(size)) > 1e-3
 
 
-@pytest.mark.parametrize("size", [3, *SIZES.values(), maze.MAX_SIZE])
+@pytest.mark.parametrize("size", larger_are_slow([3, *SIZES.values(), maze.MAX_SIZE]))
 def test_every_maze_is_a_tree_that_reaches_every_cell_and_both_entrances(size):
     sample = our_mazes(size, OUR_MAZES if size in SIZES.values() else 300)
     assert sample.open[:, 1::2, 1::2].all()  # the cells
@@ -138,7 +146,7 @@ def test_every_maze_is_a_tree_that_reaches_every_cell_and_both_entrances(size):
     assert ((distances(sample) >= 0).sum(axis=(1, 2)) == maze.num_open(size) + 2).all()  # all connected
 
 
-@pytest.mark.parametrize("size", SIZES.values())
+@pytest.mark.parametrize("size", larger_are_slow(SIZES.values()))
 def test_entrances_are_uniform_and_opposite(size):
     _, start, end = our_mazes(size)
     edge = 2 * size
@@ -170,7 +178,7 @@ def lowest(cells: jax.Array) -> jax.Array:
     return jnp.where(first, cells & -cells, jnp.uint32(0))
 
 
-@pytest.mark.parametrize("size", SIZES.values())
+@pytest.mark.parametrize("size", larger_are_slow(SIZES.values()))
 def test_statistics_see_a_preference_for_the_first_choice(size, monkeypatch):
     fair = maze.pick
     monkeypatch.setattr(maze, "pick", lambda word, cells: jnp.where(word % 5 == 0, lowest(cells), fair(word, cells)))
@@ -196,7 +204,7 @@ def first_states(task: str, size: int, count: int = 40):
     """An environment, its parameters, and one of its first states with the start in each of the four sides."""
     env = CLASSES[task][0]((2 * size, 2 * size))
     keys = jax.random.split(jax.random.key(3), count)
-    _, states = jax.jit(jax.vmap(env.reset_env, (0, None)))(keys, env.default_params)
+    _, states = fast_jit(jax.vmap(env.reset_env, (0, None)))(keys, env.default_params)
     row, column = np.asarray(states.start).T
     sides = [row == 0, row == 2 * size, column == 0, column == 2 * size]
     firsts = [int(np.argmax(side)) for side in sides]
@@ -209,7 +217,7 @@ def test_every_move_from_every_open_square_is_that_of_the_reference(task, level)
     env, params, states = first_states(task, SIZES[level])
     reference = make_reference(f"Labyrinth{task}{level}")
 
-    @jax.jit
+    @fast_jit
     @functools.partial(jax.vmap, in_axes=(None, 0, 0))
     def step(state, position, action):
         return env.step_env(None, state.replace(position=position), action, params)[:4]
@@ -321,9 +329,9 @@ def test_return_of_a_purposeful_agent(task, level):
 def test_all_environments_that_end_together_get_new_and_different_mazes(task):
     env, params = popgym_jax.make(f"Labyrinth{task}Easy")
     keys = jax.random.split(jax.random.key(5), 300)  # more than are reset at once
-    _, state = jax.jit(jax.vmap(env.reset, (0, None)))(keys, params)
+    _, state = fast_jit(jax.vmap(env.reset, (0, None)))(keys, params)
     late = state.replace(time=jnp.full(300, 1022, jnp.int32))
-    step = jax.jit(jax.vmap(env.step, (0, 0, 0, None)))
+    step = fast_jit(jax.vmap(env.step, (0, 0, 0, None)))
     obs, after, _, _, truncated, info = step(keys, late, jnp.zeros(300, jnp.int32), params)
     assert truncated.all() and not after.time.any()
     assert (obs[:, -1] == 1).all() and (info["final_observation"][:, -5] == 1).all()  # no action, and left

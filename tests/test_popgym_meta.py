@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, fast_jit, finish, start_script, tiny_args, tiny_flags
+from conftest import fast_jit, run_here, tiny_args, tiny_flags
 from gymnax.environments import spaces
 from scipy import stats
 
@@ -321,8 +321,15 @@ def test_first_observations_from_one_start_state_differ_by_the_projection_only()
         assert stats.ks_2samp(feature[swapped], feature[~swapped]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("name", popgym_jax.meta_envs)
+@pytest.mark.parametrize(
+    ("name", "fresh"),
+    [
+        ("MetaStatelessCartPole", False),
+        ("MetaNoisyStatelessCartPole", True),
+        pytest.param("MetaStatelessCartPole", True, marks=pytest.mark.slow),
+        pytest.param("MetaNoisyStatelessCartPole", False, marks=pytest.mark.slow),
+    ],
+)
 def test_types_spaces_and_vmap(name, fresh):
     env, params = popgym_jax.make(name, num_trials=2, max_trial_length=25, fresh=fresh)
     actions = random_actions(env, 60, 5)
@@ -461,24 +468,15 @@ def test_a_trial_that_nobody_can_fail_is_worth_one():
     np.testing.assert_allclose(fast_jit(ppo.evaluate, setup)(params, jax.random.PRNGKey(1)), np.ones((6, 3)), rtol=1e-5)
 
 
-PROGRAM = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import ppo_s5_popgym as ppo, s5_common as common
-for flags in sys.argv[1].split(";"):
-    sys.argv = ["ppo_s5_popgym.py", *flags.split()]
-    print("exit", common.run_main(ppo.main), flush=True)
-"""
-
-
-def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path):
+def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path, capsys):
     (tmp_path / "old").mkdir()
     ppo.save_trials(tiny_args(eval=str(tmp_path / "old")), np.ones((1, 4, 18)), beside={})
     flags = {"env": "MetaStatelessCartPole", "total_timesteps": 128, "arch": "mlp", "num_seeds": 2, "run_dir": "a"}
-    lines = [" ".join(tiny_flags(**flags)), "--eval a --eval-trials 18 --eval-beside old"]
-    lines += [" ".join(tiny_flags(eval_trials=number, run_dir="none")) for number in (3, -1)]
-    out, err = finish(start_script(";".join(lines), cwd=tmp_path, program=("-c", PROGRAM)))
-    assert [int(line.split()[1]) for line in out.splitlines() if line.startswith("exit ")] == [0, 0, 2, 2]
+    run_here(ppo.main, *tiny_flags(**flags), cwd=tmp_path)
+    run_here(ppo.main, *["--eval", "a", "--eval-trials", "18", "--eval-beside", "old"], cwd=tmp_path)
+    for number in (3, -1):
+        run_here(ppo.main, *tiny_flags(eval_trials=number, run_dir="none"), cwd=tmp_path, code=2)
+    out, err = capsys.readouterr()
     rows = list(csv.DictReader((tmp_path / "a" / "trials_18.csv").open()))
     numbers = [(row["seed"], row["trial"]) for row in rows]
     assert numbers == [(str(seed), str(trial)) for seed in range(2) for trial in range(1, 19)]

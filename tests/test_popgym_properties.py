@@ -22,6 +22,7 @@ from popgym_jax.registration import FAMILIES, family_and_level
 from tests.reference import make_reference
 
 NAMES = popgym_jax.registered_envs
+EASY_OR_HARD = [name for name in NAMES if not name.endswith("Medium")]  # Medium: other sizes of the same program
 NUM_ENVS = 1000
 NUM_STEPS = 1040  # a little more than the longest episode
 TRACED = 4  # environments of a long run of which everything is kept
@@ -275,7 +276,7 @@ def single(name: str) -> tuple[Callable[..., Single], Any]:
     """A jitted step from (raw key, state, action), and a state to begin with."""
     env, params = popgym_jax.make(name)
 
-    @jax.jit
+    @fast_jit
     def one(key, state, action):
         key = jax.random.wrap_key_data(key)
         parts = env.step_env(key, state, action, params)
@@ -322,7 +323,7 @@ def moments(trace: Transition, each: int) -> list[tuple[int, int]]:
     return [tuple(rows[i]) for rows in chosen for i in np.linspace(0, len(rows) - 1, min(each, len(rows)), dtype=int)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EASY_OR_HARD)
 def test_vmapped_step_is_the_single_step_which_resets_itself_with_its_own_key(name):
     one, _ = single(name)
     trace = long_run(name).trace
@@ -342,7 +343,7 @@ def actions_of(name: str) -> st.SearchStrategy[Any]:
     return st.lists(st.integers(0, space.n - 1).map(np.int32), min_size=1, max_size=20)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EASY_OR_HARD)
 def test_same_key_and_actions_are_the_same_episode(name):
     one, some_state = single(name)
     env, params = popgym_jax.make(name)
@@ -372,7 +373,12 @@ def test_same_key_and_actions_are_the_same_episode(name):
     check()
 
 
-@pytest.mark.parametrize("name", [family + "Easy" for family in FAMILIES])
+def mazes_are_slow(family: str) -> Any:
+    """Without jit, drawing a maze takes thousands of operations."""
+    return pytest.param(f"{family}Easy", marks=[pytest.mark.slow] if family.startswith("Labyrinth") else [])
+
+
+@pytest.mark.parametrize("name", map(mazes_are_slow, FAMILIES))
 def test_step_without_jit_is_the_step_with_jit(name):
     env, params = popgym_jax.make(name)
     trace = long_run(name).trace
@@ -383,7 +389,7 @@ def test_step_without_jit_is_the_step_with_jit(name):
         assert_close(result, tuple(now[3:]), is_exact(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EASY_OR_HARD)
 def test_step_and_reset_are_the_same_in_64_bit_mode(name):
     """Types of everything else: test_popgym_flags.py."""
     trace = long_run(name).trace
@@ -445,7 +451,7 @@ def vmapped_and_looped(costly: bool, shape: tuple[int, ...], axes: tuple[int | N
         pick = lambda i: step(*(x if axis is None else x[i] for x, axis in zip(rows, axes, strict=True)))  # noqa: E731
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), jax.lax.map(pick, jnp.arange(size)))
 
-    return jax.jit(vmapped), jax.jit(looped)
+    return fast_jit(vmapped), fast_jit(looped)
 
 
 ALL = (0, 0, 0, 0)
@@ -525,7 +531,7 @@ def test_seeds_times_environments(name):
     times = np.concatenate([ends, np.arange(140)])  # (141,) steps, one of which ends an episode in some environments
     rows = jax.tree.map(lambda x: x[times].swapaxes(0, 1), trace)  # TRACED seeds x 141 environments
     step = jax.vmap(jax.vmap(env.step, (0, 0, 0, None)), (0, 0, 0, None))
-    result = jax.jit(step)(jax.random.wrap_key_data(rows.key), rows.before, rows.action, params)
+    result = fast_jit(step)(jax.random.wrap_key_data(rows.key), rows.before, rows.action, params)
     assert_close(jax.tree.map(np.asarray, result), tuple(rows[3:]), exact=True)
 
 
@@ -543,9 +549,9 @@ def key_of(kind: str, words: tuple[int, int]) -> jax.Array:
 @pytest.mark.parametrize("kind", ["threefry2x32", "raw", "rbg"])
 def test_blocks_are_the_keys_that_jax_splits_off(kind):
     words = lambda key: np.asarray(jax.random.key_data(key))  # noqa: E731
-    ours, theirs = jax.jit(lambda key: prng.split(key, 9)), jax.jit(lambda key: jax.random.split(key, 9))
-    fold_in = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
-    blocks = jax.jit(lambda key: jnp.stack(prng.blocks(key, 9), axis=1))
+    ours, theirs = fast_jit(lambda key: prng.split(key, 9)), fast_jit(lambda key: jax.random.split(key, 9))
+    fold_in = fast_jit(jax.vmap(jax.random.fold_in, (None, 0)))
+    blocks = fast_jit(lambda key: jnp.stack(prng.blocks(key, 9), axis=1))
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(st.tuples(WORDS, WORDS))
@@ -573,8 +579,8 @@ def test_reset_key_is_no_key_or_word_that_a_step_draws():
         return set(map(tuple, np.asarray(data).tolist()))
 
     keys = jax.random.split(jax.random.key(4), 500)
-    resets = jax.jit(jax.vmap(prng.reset_key))(keys)
-    drawn = jax.jit(jax.vmap(lambda key: jnp.stack(prng.blocks(key, 300), axis=-1)))(keys)
+    resets = fast_jit(jax.vmap(prng.reset_key))(keys)
+    drawn = fast_jit(jax.vmap(lambda key: jnp.stack(prng.blocks(key, 300), axis=-1)))(keys)
     assert resets.dtype == keys.dtype
     fresh = pairs(jax.random.key_data(resets))
     assert len(fresh) == 500
@@ -584,7 +590,7 @@ def test_reset_key_is_no_key_or_word_that_a_step_draws():
 @pytest.mark.parametrize("kind", ["raw", "rbg"])
 def test_environments_take_keys_of_other_kinds(kind):
     env, params = popgym_jax.make("RepeatPreviousEasy")
-    env_step = jax.jit(lambda key: env.step(key, env.reset(key, params)[1], 0, params))
+    env_step = fast_jit(lambda key: env.step(key, env.reset(key, params)[1], 0, params))
     usual = env_step(key_of("threefry2x32", (5, 6)))
     jax.tree.map(np.testing.assert_array_equal, env_step(key_of(kind, (5, 6))), usual)
 
@@ -622,7 +628,7 @@ def test_the_laws_see_a_bias_of_two_percent():
 
 
 def test_neighbouring_keys_and_neighbouring_words_are_independent():
-    words = np.asarray(jax.jit(jax.vmap(lambda key: prng.bits(key, 8)))(jax.random.split(jax.random.key(9), 20_000)))
+    words = np.asarray(fast_jit(jax.vmap(lambda key: prng.bits(key, 8)))(jax.random.split(jax.random.key(9), 20_000)))
     unit = np.asarray(prng.uniform(words))
     correlation = np.corrcoef(np.concatenate([unit, np.roll(unit, 1, axis=0)], axis=1).T) - np.eye(16)
     assert np.abs(correlation).max() < 5 / np.sqrt(len(words))

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, finish, start_script, tiny_args, tiny_flags
+from conftest import ROOT, fast_jit, finish, start_script, tiny_args, tiny_flags
 from gymnax.environments import spaces
 
 import popgym_jax
@@ -25,22 +25,22 @@ for env in envs:
         sys.exit(code)
 """
 STEPS = 256
+ENVS = [env for env in popgym_jax.registered_envs if not env.endswith("Medium")]  # Hard differs from it in sizes only
+WITH_S5 = ("RepeatPreviousEasy", "BattleshipEasy", "PositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run directory for every environment, with S5 in the easy ones."""
-    folder, envs = tmp_path_factory.mktemp("runs"), popgym_jax.registered_envs
-    easy = [env for env in envs if env.endswith("Easy")]
-    harder = [env for env in envs if env not in easy]  # they differ from the easy ones in sizes only: a smaller program
-    for arch, names in (("s5", easy), ("mlp", harder)):
+    """A run directory for every environment, with S5 for each kind of observations and actions."""
+    folder = tmp_path_factory.mktemp("runs")
+    for arch, names in (("s5", WITH_S5), ("mlp", [env for env in ENVS if env not in WITH_S5])):
         flags = tiny_flags(total_timesteps=STEPS, arch=arch)
         finish(start_script(",".join(names), *flags, cwd=folder, program=("-c", PROGRAM)), timeout=900)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", popgym_jax.registered_envs)
+@pytest.mark.parametrize("env", ENVS)
 def test_a_short_budget_trains_on_every_environment(runs, env):
     summary = json.loads((runs / env / "summary.json").read_text())
     assert summary["env"] == env and summary["env_steps"] == STEPS
@@ -52,9 +52,9 @@ def test_a_short_budget_trains_on_every_environment(runs, env):
 
 @pytest.mark.parametrize("env", [name for name in popgym_jax.registered_envs if name.endswith("Easy")])
 def test_the_agent_sees_its_previous_action_and_the_start_of_every_episode(env):
-    setup = ppo.make_setup(tiny_args(env=env, num_steps=64))
-    runner = jax.jit(lambda key: ppo.init_runner(setup, key))(jax.random.PRNGKey(0))
-    _, rollout, _ = jax.jit(lambda runner: ppo.collect_rollout(setup, runner))(runner)
+    setup = ppo.make_setup(tiny_args(env=env, num_steps=64, arch="mlp"))
+    runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))
+    _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(runner)
     space, action = setup.env.action_space(setup.env_params), np.asarray(rollout.action)
     shown = action if isinstance(space, spaces.Box) else np.eye(space.n, dtype=np.float32)[action]
     start, obs = np.asarray(rollout.start), np.asarray(rollout.obs)

@@ -1,4 +1,7 @@
-"""Every command of README.md and of docs/ runs, with a small budget."""
+"""Every command of README.md and of docs/ runs, with a small budget.
+
+The scripts in this process: as processes of their own they are in test_run.py, test_a2c.py and test_metarl.py.
+"""
 
 import os
 import re
@@ -7,7 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, ROOT, as_flags, finish, start_script
+from conftest import QUICK, ROOT, as_flags, run_here
+
+import a2c_s5_bsuite
+import muesli_s5_metarl
+import ppo_s5_popgym
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,6 +28,7 @@ SMALL = {
     "a2c_s5_bsuite.py": NETWORK | {"num_episodes": 16, "memory_length": 4},
     "muesli_s5_metarl.py": NETWORK | MUESLI,
 }
+MAIN = {f"{module.__name__}.py": module.main for module in (ppo_s5_popgym, a2c_s5_bsuite, muesli_s5_metarl)}
 BENCHMARKS = {"popgym_runs.py": ["--seeds", "0", "--out", "out", "--", *as_flags(**SMALL["ppo_s5_popgym.py"])]}
 
 
@@ -70,9 +78,9 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for script, env in (("ppo_s5_popgym.py", "RepeatEasy"), ("a2c_s5_bsuite.py", "MemoryChain")):
         flags = as_flags(env=env, run_dir=script.removesuffix(".py"), **SMALL[script])
-        finish(start_script(*flags, cwd=folder, program=(str(ROOT / script),)))
+        run_here(MAIN[script], *flags, cwd=folder)
     flags = as_flags(env="MetaStatelessCartPole", run_dir="meta", **SMALL["ppo_s5_popgym.py"])
-    finish(start_script(*flags, cwd=folder))
+    run_here(MAIN["ppo_s5_popgym.py"], *flags, cwd=folder)
     return folder
 
 
@@ -83,7 +91,7 @@ def as_parameter(command):
 
 
 @pytest.mark.parametrize("command", [as_parameter(command) for command in found if "--sweep" not in command])
-def test_command_of_the_readme_runs(command, trained, tmp_path):
+def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
     """A later flag wins, so the small ones are appended; a run that is named is replaced by one that exists.
 
     Sweeps are dozens of runs: test_a2c.py has a short one.
@@ -106,7 +114,8 @@ def test_command_of_the_readme_runs(command, trained, tmp_path):
         flags += ["--eval-episodes", "4"]
     if not {"--resume", "--eval", "--list-envs", "--help"} & set(flags):
         flags += as_flags(**SMALL[script], run_dir=tmp_path / "run")
-    out, err = finish(start_script(*flags, cwd=tmp_path, program=(str(ROOT / script),)))
+    run_here(MAIN[script], *flags, cwd=tmp_path)
+    out, err = capsys.readouterr()
     assert out and err == ""
 
 
