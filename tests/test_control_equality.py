@@ -6,6 +6,7 @@ computes in float64, and here a state is rounded to 24 bits before and after eac
 """
 
 import csv
+import re
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -421,6 +422,13 @@ def test_actions_are_clipped_and_a_simulation_that_diverges_stays():
     obs, after, reward, *_ = step(None, broken, jnp.zeros(2), params)
     np.testing.assert_array_equal(after.physics.position, state.physics.position)
     assert reward == 0.0
+
+
+def test_the_readmes_example_runs(capsys):
+    page = (Path(control_jax.__file__).parent / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert 0.0 <= float(capsys.readouterr().out) < 50.0  # of 1000: next to nothing, as its comment promises
 
 
 def test_engines_and_names_that_do_not_exist_are_refused():

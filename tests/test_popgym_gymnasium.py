@@ -551,11 +551,19 @@ def test_view_plays_the_same_with_another_generator_of_jax():
         assert played() == usual
 
 
-def test_package_installs_whole_and_works_from_anywhere(tmp_path):
+PACKAGES = {  # name: an environment, an action, the shape that is seen
+    "popgym_jax": ("RepeatHard", "0", "(4,)"),
+    "control_jax": ("ReacherEasy", "jax.numpy.zeros(2)", "(6,)"),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_installs_whole_and_works_from_anywhere(package, tmp_path):
+    env, action, expected = PACKAGES[package]
     pytest.importorskip("hatchling", reason="the package is built with hatchling (requirements-dev.txt)")
     source, target, elsewhere = (tmp_path / name for name in ("source", "target", "elsewhere"))
     elsewhere.mkdir()
-    shutil.copytree(ROOT / "popgym_jax", source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copytree(ROOT / package, source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     before = sorted(source.rglob("*"))
     pip = [
         sys.executable,
@@ -571,14 +579,14 @@ def test_package_installs_whole_and_works_from_anywhere(tmp_path):
     run = subprocess.run([*pip, "--target", target, source], cwd=elsewhere, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert sorted(source.rglob("*")) == before
-    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {"popgym_jax"}
-    installed = {path.name: path.read_bytes() for path in (target / "popgym_jax").iterdir()}
+    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {package}
+    installed = {path.name: path.read_bytes() for path in (target / package).iterdir()}
     assert installed == {path.name: path.read_bytes() for path in source.glob("*.py")}
     code = (
-        "import jax, popgym_jax; print(popgym_jax.__file__)\n"
-        "env, params = popgym_jax.make('RepeatHard')\n"
+        f"import jax, {package}; print({package}.__file__)\n"
+        f"env, params = {package}.make({env!r})\n"
         "obs, state = env.reset(jax.random.key(0), params)\n"
-        "print(env.step(jax.random.key(1), state, 0, params)[0].shape)"
+        f"print(env.step(jax.random.key(1), state, {action}, params)[0].shape)"
     )
     where, shape = python(code, elsewhere, PYTHONPATH=str(target)).splitlines()
-    assert where == str(target / "popgym_jax" / "__init__.py") and shape == "(4,)"
+    assert where == str(target / package / "__init__.py") and shape == expected
