@@ -68,19 +68,17 @@ def assert_same_types_with_64_bits(init, update, seed):
     assert all(dtype.itemsize <= 4 for part in wide for _, dtype in part)
 
 
-def others_are_slow(archs):
-    """S5 by default; with the other memories the learner is the same."""
-    return [pytest.param(arch, marks=[] if arch == "s5" else [pytest.mark.slow]) for arch in archs]
-
-
-@pytest.mark.parametrize("env", ["RepeatPreviousEasy", "PositionOnlyPendulumEasy"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "env"), [*((arch, "RepeatPreviousEasy") for arch in ARCHS), ("mlp", "PositionOnlyPendulumEasy")]
+)
 def test_ppo_has_the_same_types_with_64_bits(arch, env):
     setup = ppo.make_setup(tiny_args(**ONE_UPDATE, arch=arch, env=env))
     assert_same_types_with_64_bits(partial(ppo.init_runner, setup), partial(ppo.update, setup), jax.random.PRNGKey(0))
 
 
-@pytest.mark.parametrize("arch", others_are_slow(ARCHS))
+@pytest.mark.parametrize(
+    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "s5")]
+)
 def test_ppo_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(ppo_updates, arch=arch)
 
@@ -107,7 +105,8 @@ def test_a2c_has_the_same_types_with_64_bits(arch):
     assert_same_types_with_64_bits(init, update, jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.parametrize("arch", others_are_slow(A2C_ARCHS))
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", A2C_ARCHS)
 def test_a2c_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(a2c_updates, arch=arch)
 
@@ -256,7 +255,8 @@ def test_a_decay_that_momentum_carried_over_its_bound_comes_back(script):
     layer = script.S5Layer(args)
     u = jnp.ones((6, 1, args.s5_width))
     start = jnp.zeros((6, 1))
-    params = layer.init(jax.random.PRNGKey(0), layer.initial_carry(1), u, start, method="scan")
+    init = fast_jit(partial(layer.init, method="scan"))
+    params = init(jax.random.PRNGKey(0), layer.initial_carry(1), u, start)
     outside = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.full_like(x, 0.02) if "Lambda_re" in str(path) else x, params
     )
@@ -266,7 +266,8 @@ def test_a_decay_that_momentum_carried_over_its_bound_comes_back(script):
         return jnp.sum(Lambda_bar**2)
 
     P = args.s5_state
-    assert float(size(outside)) < P  # every |Lambda_bar| is below 1
-    towards_decay = jax.grad(size)(outside)["params"]["Lambda_re"]
+    now, towards_decay = fast_jit(jax.value_and_grad(size))(outside)
+    assert float(now) < P  # every |Lambda_bar| is below 1
+    towards_decay = towards_decay["params"]["Lambda_re"]
     assert (towards_decay > 0).all() and math.isfinite(float(towards_decay.sum()))
-    assert not jax.grad(lambda params: -size(params))(outside)["params"]["Lambda_re"].any()
+    assert not fast_jit(jax.grad(lambda params: -size(params)))(outside)["params"]["Lambda_re"].any()

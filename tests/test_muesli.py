@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -326,6 +326,15 @@ def test_all_types_are_declared(arch):
 # ---- losses on a rollout ---------------------------------------------------------------------------------------------
 
 
+@cache
+def one_step(setup):
+    """An update of one gradient step, which the target network follows fast."""
+    return fast_jit(muesli.update, setup._replace(args=dataclasses.replace(setup.args, **ONE_STEP)))
+
+
+ONE_STEP = {"num_minibatches": 1, "muesli_target_rate": 0.25}
+
+
 @pytest.fixture(scope="module")
 def learnt():
     """A setup, the runner before its third rollout, that rollout, its targets, and the observations after it; trials
@@ -333,7 +342,7 @@ def learnt():
     with pytest.MonkeyPatch.context() as monkeypatch:
         setup = toy_setup(monkeypatch)
     runner = first_runner(setup)
-    update = fast_jit(muesli.update, setup)
+    update = one_step(setup)
     for _ in range(2):
         runner, _ = update(runner)
 
@@ -405,8 +414,7 @@ def test_replay_of_a_rollout_gives_the_log_probs_that_were_acted_with(learnt):
 
 def test_gradients_do_not_reach_the_target_network_which_is_a_moving_average_of_the_parameters(learnt):
     setup, runner, *_ = learnt
-    one = setup._replace(args=dataclasses.replace(setup.args, num_minibatches=1, muesli_target_rate=0.25))
-    after, _ = fast_jit(muesli.update, one)(runner)
+    after, _ = one_step(setup)(runner)
     expected = jax.tree.map(lambda new, old: 0.25 * new + 0.75 * old, after.params, runner.target_params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after.target_params, expected)
 

@@ -50,7 +50,14 @@ def test_a_short_budget_trains_on_every_environment(runs, env):
     assert all(float(row["grad_norm"]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize("env", [name for name in popgym_jax.registered_envs if name.endswith("Easy")])
+def others_are_slow():
+    """The wrapper does the same for all; one of each kind of observations and actions."""
+    for name in popgym_jax.registered_envs:
+        if name.endswith("Easy"):
+            yield pytest.param(name, marks=[] if name in WITH_S5 else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("env", others_are_slow())
 def test_the_agent_sees_its_previous_action_and_the_start_of_every_episode(env):
     setup = ppo.make_setup(tiny_args(env=env, num_steps=64, arch="mlp"))
     runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))

@@ -77,16 +77,16 @@ def trained(tmp_path_factory):
     """A directory with small runs that commands can resume and evaluate."""
     folder = tmp_path_factory.mktemp("readme")
     for script, env in (("ppo_s5_popgym.py", "RepeatEasy"), ("a2c_s5_bsuite.py", "MemoryChain")):
-        flags = as_flags(env=env, run_dir=script.removesuffix(".py"), **SMALL[script])
+        flags = as_flags(env=env, arch="mlp", run_dir=script.removesuffix(".py"), **SMALL[script])
         run_here(MAIN[script], *flags, cwd=folder)
-    flags = as_flags(env="MetaStatelessCartPole", run_dir="meta", **SMALL["ppo_s5_popgym.py"])
+    flags = as_flags(env="MetaStatelessCartPole", arch="mlp", run_dir="meta", **SMALL["ppo_s5_popgym.py"])
     run_here(MAIN["ppo_s5_popgym.py"], *flags, cwd=folder)
     return folder
 
 
 def as_parameter(command):
-    """Benchmarks and what DeepMind Control's tasks take to compile are slow."""
-    slow = not command.startswith(("ppo_s5_popgym.py", "a2c_s5_bsuite.py"))
+    """Slow are benchmarks, what DeepMind Control's tasks take to compile, and memories that other tests train."""
+    slow = not command.startswith(("ppo_s5_popgym.py", "a2c_s5_bsuite.py")) or "--arch" in command
     return pytest.param(command, marks=[pytest.mark.slow] if slow else [])
 
 
@@ -114,6 +114,8 @@ def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
         flags += ["--eval-episodes", "4"]
     if not {"--resume", "--eval", "--list-envs", "--help"} & set(flags):
         flags += as_flags(**SMALL[script], run_dir=tmp_path / "run")
+        if "--arch" not in flags:
+            flags += ["--arch", "mlp"]  # the quickest to compile
     run_here(MAIN[script], *flags, cwd=tmp_path)
     out, err = capsys.readouterr()
     assert out and err == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -18,6 +19,8 @@ import numpy as np
 import popgym.envs  # noqa: F401  (registers the reference's ids with gymnasium)
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.spaces.utils import flatten
+
+run_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # most of its time is compilation
 
 
 class Episodes(NamedTuple):
@@ -167,7 +170,7 @@ def forward(bridge: Bridge, env: Any, params: Any, reference: Any, episodes: int
         _, (later, *rest) = jax.lax.scan(step, state, (draws[1:], actions, before))
         return jnp.concatenate([obs[None], later]), *rest
 
-    ours = jax.jit(jax.vmap(replay, in_axes=1, out_axes=1))(draws, actions, hidden)
+    ours = run_once(jax.vmap(replay, in_axes=1, out_axes=1))(draws, actions, hidden)
     return theirs, _with_length(*map(np.asarray, ours))
 
 
@@ -216,7 +219,7 @@ def backward(bridge: Bridge, env: Any, params: Any, reference: Any, episodes: in
         return (jnp.concatenate([obs[None], outputs[0]]), *outputs[1:]), first, actions, draws, states
 
     keys = jax.random.split(jax.random.key(seed), episodes)
-    played = jax.tree.map(np.asarray, jax.jit(jax.vmap(play, out_axes=(1, 0, 1, 1, 1)))(keys))
+    played = jax.tree.map(np.asarray, run_once(jax.vmap(play, out_axes=(1, 0, 1, 1, 1)))(keys))
     outputs, first, actions, draws, states = played
     ours = _with_length(*outputs)
     obs, reward, *flags = (np.zeros_like(x, float if x.dtype != bool else bool) for x in ours[:4])
