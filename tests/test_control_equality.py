@@ -27,9 +27,9 @@ from control_jax.finger import touches_spinner
 
 NAMES = tuple(TASKS)
 FAMILY = {name: TASKS[name][0] for name in NAMES}
-# largest difference after one control step, of positions and of everything else: an angle that has turned through tens
-# of radians is rounded to 4e-6, and stiff contacts make velocities of it
-TOLERANCE = {"closed_form": 1e-4, "c": 1e-4, "mjx": 2e-2}
+# largest difference after one control step: an angle that has turned through a hundred radians is rounded to 8e-6,
+# and stiff contacts make velocities of it
+TOLERANCE = {"closed_form": 2e-4, "c": 2e-4, "mjx": 2e-2}
 
 
 def engines(name: str) -> tuple[str, ...]:
