@@ -55,7 +55,7 @@ def correlated_starts(suite, name, task, draws=4_000):
 
 # drawn again until nothing touches: they depend on each other, as in dm_control (test_control_equality.py)
 DRAWN_TOGETHER = ("BallInCup", "FingerSpin", "FingerTurnHard", "FingerTurnEasy")
-LONG_TO_COMPILE = ("reacher", "hopper")
+LONG_TO_COMPILE = ("reacher", "hopper", "inverted_pendulum", "inverted_double_pendulum")
 
 
 def as_parameter(suite, name):

@@ -76,9 +76,8 @@ def test_ppo_has_the_same_types_with_64_bits(arch, env):
     assert_same_types_with_64_bits(partial(ppo.init_runner, setup), partial(ppo.update, setup), jax.random.PRNGKey(0))
 
 
-@pytest.mark.parametrize(
-    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "s5")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 def test_ppo_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(ppo_updates, arch=arch)
 
@@ -88,6 +87,7 @@ def test_ppo_with_continuous_actions_is_the_same_with_64_bits():
     assert_same_with_64_bits(ppo_updates, env="PositionOnlyPendulumEasy", arch="mlp")
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_trials_is_the_same_with_64_bits():
     def play():
         flags = {"env": "MetaStatelessCartPole", "arch": "mlp", "eval_episodes": 3}
@@ -175,6 +175,7 @@ def test_the_step_size_falls_to_zero_over_any_number_of_steps():
             assert float(schedule(jnp.int32(count))) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_more_gradient_steps_than_fit_into_32_bits():
     assert tiny_args(total_timesteps=10**12).num_updates * 4 > 2**31
     _, metrics = ppo_updates(total_timesteps=10**12, arch="mlp", updates=1)

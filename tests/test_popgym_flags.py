@@ -124,8 +124,8 @@ def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "NoisyPositionOnlyPendulumEasy",
         "MetaNoisyStatelessCartPole",
+        pytest.param("NoisyPositionOnlyPendulumEasy", marks=pytest.mark.slow),
         pytest.param("RepeatPreviousEasy", marks=pytest.mark.slow),
         pytest.param("BattleshipEasy", marks=pytest.mark.slow),
     ],

@@ -468,6 +468,7 @@ def test_a_trial_that_nobody_can_fail_is_worth_one():
     np.testing.assert_allclose(fast_jit(ppo.evaluate, setup)(params, jax.random.PRNGKey(1)), np.ones((6, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path, capsys):
     (tmp_path / "old").mkdir()
     ppo.save_trials(tiny_args(eval=str(tmp_path / "old")), np.ones((1, 4, 18)), beside={})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from conftest import ROOT, fast_jit, tiny_args
+from conftest import ARCHS, ROOT, fast_jit, tiny_args
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -40,7 +40,7 @@ def cartpole():
 
 
 @pytest.mark.parametrize(
-    "arch", ["s5", "attention", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("s5-noreset", "gru", "mlp"))]
+    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "s5")]
 )
 def test_ratio_is_one_at_the_first_minibatch_with_resets_inside_the_rollout(arch):
     """In the second update too, where the rollout starts from a stored carry; later minibatches do move."""
