@@ -1,6 +1,6 @@
 """Steps per second of DeepMind Control's tasks: control_jax, MuJoCo Playground and dm_control, in one run.
 
-    python benchmarks/control_envs.py                                  # all eleven, about 15 minutes on 2 CPU cores
+    python benchmarks/control_envs.py                                  # all eleven, about 10 minutes on 2 CPU cores
     python benchmarks/control_envs.py --tasks BallInCup --quick        # a look, in a minute
 
 control_jax and Playground (on MJX, as it comes) step B environments in a compiled scan; dm_control steps one in Python,
