@@ -284,16 +284,15 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
         envs = f"--num-envs {self.num_envs}"
         devices = f"--num-devices {self.num_devices}"
         parts = f"--num-minibatches {self.num_minibatches} x {devices}"
+        repeat = f"--action-repeat {self.action_repeat}"
         if self.meta_steps % self.action_repeat:
-            repeat = f"--action-repeat {self.action_repeat}"
             raise common.UsageError(f"{repeat}: must divide --meta-steps {self.meta_steps}")
         if self.decisions < 10:
-            repeat = f"--action-repeat {self.action_repeat}"
             raise common.UsageError(f"{repeat}: --meta-steps {self.meta_steps} must hold 10 actions")
         if self.decisions % self.num_steps:
             of_meta_episode = f"--meta-steps {self.meta_steps}"
             if self.action_repeat > 1:
-                of_meta_episode += f" / --action-repeat {self.action_repeat}"
+                of_meta_episode += f" / {repeat}"
             raise common.UsageError(f"{steps}: must divide {of_meta_episode}")
         if self.muesli_unroll >= self.num_steps:
             unroll = f"--muesli-unroll {self.muesli_unroll}"

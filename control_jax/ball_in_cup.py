@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from control_jax.engine import Physics, Solver, at_rest
-from control_jax.environment import Environment, first_accepted
+from control_jax.environment import Environment, first_accepted, nothing_hidden
 from control_jax.geometry import point_to_segment
 
 CUP = (0.0, 0.6)  # where the cup's frame is at position 0, x and z, m
@@ -81,7 +81,7 @@ class BallInCup(Environment):
 
         ball = first_accepted(draw, lambda ball: ~touches_cup(ball), key)
         position = jnp.concatenate([jnp.zeros(2, jnp.float32), ball])
-        return at_rest(self.model, position), jnp.zeros(0, jnp.float32)
+        return at_rest(self.model, position), nothing_hidden()
 
     def see(self, physics: Physics, hidden: jax.Array) -> jax.Array:
         return jnp.concatenate([physics.position, physics.velocity])

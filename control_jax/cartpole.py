@@ -5,10 +5,8 @@ import jax.numpy as jnp
 
 from control_jax.closed_form import cart_equations
 from control_jax.engine import Physics, at_rest
-from control_jax.environment import Environment
+from control_jax.environment import Environment, nothing_hidden
 from control_jax.rewards import small_control, tolerance
-
-NOTHING_HIDDEN = jnp.zeros(0, jnp.float32)
 
 
 class CartpoleSwingup(Environment):
@@ -44,7 +42,7 @@ class CartpoleSwingup(Environment):
         """Cart in the middle, pole hanging, both and their velocities with noise of 0.01."""
         noise = 0.01 * jax.random.normal(key, (4,), jnp.float32)
         position = jnp.array([0.0, jnp.pi], jnp.float32) + noise[:2]
-        return at_rest(self.model, position, noise[2:]), NOTHING_HIDDEN
+        return at_rest(self.model, position, noise[2:]), nothing_hidden()
 
     def see(self, physics: Physics, hidden: jax.Array) -> jax.Array:
         slider, angle = physics.position
@@ -71,4 +69,4 @@ class CartpoleBalance(CartpoleSwingup):
         unit = jax.random.uniform(position_key, (2,), jnp.float32, -1.0, 1.0)
         velocity = 0.01 * jax.random.normal(velocity_key, (2,), jnp.float32)
         position = unit * jnp.array([0.1, 0.034], jnp.float32)
-        return at_rest(self.model, position, velocity), NOTHING_HIDDEN
+        return at_rest(self.model, position, velocity), nothing_hidden()

@@ -138,6 +138,11 @@ class Environment(environment.Environment[EnvState, EnvParams]):
         return spaces.Box(-np.inf, np.inf, (self.observation_size,))
 
 
+def nothing_hidden() -> jax.Array:
+    """The hidden of a task whose episodes draw positions and velocities only, (0,)."""
+    return jnp.zeros(0, jnp.float32)
+
+
 def uniform_positions(model: mujoco.MjModel, key: jax.Array) -> jax.Array:
     """Every joint anywhere in its limits; a hinge without limits anywhere on the circle, (nq,)."""
     limited = model.jnt_limited.astype(bool)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from control_jax.engine import Physics, Solver, at_rest
-from control_jax.environment import Environment, first_accepted, uniform_positions
+from control_jax.environment import Environment, first_accepted, nothing_hidden, uniform_positions
 from control_jax.geometry import segment_to_segment
 
 # x and z, m
@@ -102,7 +102,7 @@ class FingerSpin(Finger):
     observation_size = 9
 
     def start(self, key: jax.Array) -> tuple[Physics, jax.Array]:
-        return self.start_physics(key), jnp.zeros(0, jnp.float32)
+        return self.start_physics(key), nothing_hidden()
 
     def see(self, physics: Physics, hidden: jax.Array) -> jax.Array:
         return self.see_spinner(physics)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from control_jax.closed_form import pendulum_equations
 from control_jax.engine import Physics, at_rest
-from control_jax.environment import Environment
+from control_jax.environment import Environment, nothing_hidden
 
 NEAR_TOP = math.cos(math.radians(8.0))
 
@@ -38,7 +38,7 @@ class PendulumSwingup(Environment):
     def start(self, key: jax.Array) -> tuple[Physics, jax.Array]:
         """At rest at any angle of the circle."""
         angle = jax.random.uniform(key, (1,), jnp.float32, -jnp.pi, jnp.pi)
-        return at_rest(self.model, angle), jnp.zeros(0, jnp.float32)
+        return at_rest(self.model, angle), nothing_hidden()
 
     def see(self, physics: Physics, hidden: jax.Array) -> jax.Array:
         angle = physics.position

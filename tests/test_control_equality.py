@@ -157,12 +157,13 @@ def largest_differences(name: str, engine: str, played: Played) -> dict[str, flo
 
 def episodes_of(name: str, episodes: int, steps: int) -> Played:
     """Episodes of dm_control, every second one guided."""
+    ours, _ = control_jax.make(name, "c")
     env = load(name, seed=1)
     rng = np.random.default_rng(2)
     played = []
     for episode in range(episodes):
         env.reset()
-        start = as_ours(control_jax.make(name, "c")[0], *start_of(name, env))
+        start = as_ours(ours, *start_of(name, env))
         if episode % 2:
             actions = wild_actions(rng, steps, env.action_spec().shape[0])
         else:
