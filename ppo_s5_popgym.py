@@ -279,16 +279,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # ---- 2. Environment and what the agent sees of it ------------------------------------------------
-def with_change(args: Args, obs: Array, before: Array, opens: Array) -> Array:
-    """Observations (B, O), beside them their change since the one before (B, O), 0 where one opens.
+def sensed(env: Any, obs: Array) -> Array:
+    """Of observations (..., O) what is sensed (..., O'): all but the last features, which tell of trials."""
+    return obs[..., : obs.shape[-1] - getattr(env, "trial_features", 0)]
 
-    opens: bool (B,), an episode or a trial begins with obs.
+
+def with_change(setup: Setup, obs: Array, before: Array, opens: Array) -> Array:
+    """Observations (B, O), beside them how what is sensed has changed (B, O'), 0 where one opens.
+
+    before (B, O): those of the step before; opens: bool (B,), an episode or a trial begins with
+    obs. The change of a trial-end flag would be the largest number of all, a step after the end.
+
     Deviation: with --obs-change only. Velocities then need no memory.
     """
-    if not args.obs_change:
+    scale = setup.args.obs_change
+    if not scale:
         return obs
-    change = jnp.where(opens[:, None], 0.0, obs - before)
-    return jnp.concatenate([obs, args.obs_change * change], axis=-1)
+    change = sensed(setup.env, obs - before)
+    change = jnp.where(opens[:, None], 0.0, change)
+    return jnp.concatenate([obs, scale * change], axis=-1)
 
 
 def agent_input(obs: Array, previous_action: Array, start: Array, num_actions: int) -> Array:
@@ -309,7 +318,7 @@ def reset_envs(setup: Setup, key: Array, batch: int) -> tuple[Array, Any]:
     keys = jax.random.split(key, batch)
     obs, state = jax.vmap(setup.env.reset_env, (0, None))(keys, setup.env_params)
     obs *= args.obs_scale
-    return with_change(args, obs, obs, jnp.ones(batch, bool)), state
+    return with_change(setup, obs, obs, jnp.ones(batch, bool)), state
 
 
 class EnvStep(NamedTuple):
@@ -338,8 +347,8 @@ def step_envs(setup: Setup, key: Array, state: Any, obs: Array, action: Array) -
     before = obs[:, : next_obs.shape[-1]]
     trial_ended = info.get("trial_ended", jnp.zeros_like(terminated))
     return EnvStep(
-        next_obs=with_change(args, next_obs, before, terminated | truncated | trial_ended),
-        final_obs=with_change(args, final_obs, before, trial_ended),
+        next_obs=with_change(setup, next_obs, before, terminated | truncated | trial_ended),
+        final_obs=with_change(setup, final_obs, before, trial_ended),
         state=state,
         reward=reward,
         terminated=terminated,
@@ -739,7 +748,8 @@ def make_setup(args: Args) -> Setup:
     discrete = isinstance(space, spaces.Discrete)
     num_actions = space.n if discrete else math.prod(space.shape)
     obs, state = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
-    seen = 2 * obs.size if args.obs_change else obs.size
+    change = jax.eval_shape(partial(sensed, env), obs)
+    seen = obs.size + change.size if args.obs_change else obs.size
     network = ActorCritic(
         args=args,
         num_actions=num_actions,

@@ -79,6 +79,7 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
 
     costly_reset = True
     obs_requires_prev_action = True
+    trial_features = 2  # the last ones of an observation: flag and reward
 
     def __init__(
         self,

@@ -282,7 +282,7 @@ def read(path):
 
 
 def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be_evaluated(tmp_path, capsys):
-    finish(run_script(*as_flags(**SMALL, num_seeds=2, run_dir="run"), cwd=tmp_path))
+    run_here(a2c.main, *as_flags(**SMALL, arch="mlp", num_seeds=2, run_dir="run"), cwd=tmp_path)
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["script"] == "a2c_s5_bsuite" and summary["env_steps"] == 400 * 7 and summary["seeds"] == [0, 1]
@@ -298,6 +298,7 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
         assert float(log[-1]["total_return"]) == pytest.approx(total, abs=1e-3)
         assert int(log[-1]["total_perfect"]) == (400 + round(total)) // 2
         assert int(log[-1]["total_regret"]) == 2 * (400 - int(log[-1]["total_perfect"]))
+    capsys.readouterr()
     run_here(a2c.main, "--eval", "run", cwd=tmp_path)
     assert capsys.readouterr().out.count("8 episodes: mean") == 2
 

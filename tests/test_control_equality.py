@@ -177,7 +177,13 @@ def start_of(name: str, env: Any) -> tuple[np.ndarray, ...]:
     return np.array(data.qpos), np.array(data.qvel), np.array(data.qacc_warmstart), hidden_of(name, env)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def one_of_a_family():
+    """Of two tasks whose targets differ in size the second is slow."""
+    for name in NAMES:
+        yield pytest.param(name, marks=[pytest.mark.slow] if name in ("FingerTurnEasy", "ReacherHard") else [])
+
+
+@pytest.mark.parametrize("name", one_of_a_family())
 def test_a_step_is_dm_controls(name, request):
     episodes = request.config.getoption("--control-episodes")
     played = episodes_of(name, episodes, steps=1000 if episodes > 4 else 500)

@@ -80,13 +80,13 @@ def test_advantages_with_discounted_trials_are_those_of_a_plain_loop(meta, trial
 
 def test_the_change_is_that_since_the_step_before_and_zero_where_a_trial_begins(meta):
     rollout = jax.tree.map(np.asarray, meta.rollout)
-    seen, change = rollout.obs[..., :6], rollout.obs[..., 6:12]
+    seen, change = rollout.obs[..., :6], rollout.obs[..., 6:10]
     begins = (rollout.start > 0) | (seen[..., 4] > 0)
     assert begins[1:].sum() > 10 and not change[begins].any()
     within = ~begins[1:]
-    difference = 10.0 * (seen[1:] - seen[:-1])
+    difference = 10.0 * (seen[1:] - seen[:-1])[..., :4]  # not of the flag and the reward
     np.testing.assert_allclose(change[1:][within], difference[within], atol=1e-5)
-    assert np.abs(change[1:][within][:, :4]).max(axis=0).min() > 0.01
+    assert np.abs(change[1:][within]).max(axis=0).min() > 0.01
 
 
 def test_the_end_of_an_episode_cut_off_by_time_is_valued_with_its_own_change():

@@ -409,7 +409,7 @@ def read(path):
     ],
 )
 def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path, capsys):
-    flags = as_flags(**TINY, suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
+    flags = as_flags(**TINY, arch="mlp", suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
     run_here(muesli.main, *flags, cwd=tmp_path)
     out = capsys.readouterr().out
     run, names = tmp_path / "run", [*tasks.split(","), held_out]
