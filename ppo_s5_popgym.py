@@ -248,7 +248,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "meta": {
         "preset": "meta",
-        "total_timesteps": 28_000_000,
+        "total_timesteps": 40_000_000,
         "num_steps": 1024,
         "gae_lambda": 0.9,
         "trial_discount": 0.5,
