@@ -97,6 +97,9 @@ class EnvironmentFlags:
     action_repeat: int = 1
     """steps for which an action is held; the agent sees the last observation and the mean reward"""
 
+    scale_obs: bool = False
+    """divide each feature of a task by its root mean square under random actions"""
+
     projection: bool = True
     """new random projections in each meta-episode; off: the agent sees the tasks as they are"""
 
@@ -503,6 +506,46 @@ def mujoco_task(name: str, env: Any, ends: bool) -> Task:
     )
 
 
+def scaled_task(task: Task) -> Task:
+    """The task with each feature divided by its root mean square under random actions.
+
+    A finger's target is a tenth of a metre away and its joints turn at ten radians a second: as
+    they are, and still more in a random mixture, velocities drown what the reward depends on.
+    Measured here, from fixed keys, in 64 episodes of 200 steps, with actions held for ten steps.
+    Deviation: with --scale-obs only.
+    """
+    episodes = 64
+    held = 10
+    draws = 20
+    reset_key, action_key, step_key = jax.random.split(jax.random.PRNGKey(0), 3)
+    shape = (draws, episodes, task.action_size)
+    actions = jax.random.uniform(action_key, shape, jnp.float32, task.low, task.high)
+    step_keys = jax.random.split(step_key, (draws * held, episodes))
+
+    def step(state, inputs):
+        keys, action = inputs
+        obs, state, _, _ = jax.vmap(task.step)(keys, state, action)
+        return state, obs
+
+    @jax.jit
+    def mean_square():
+        _, state = jax.vmap(task.reset)(jax.random.split(reset_key, episodes))
+        _, obs = lax.scan(step, state, (step_keys, jnp.repeat(actions, held, axis=0)))
+        return jnp.mean(obs**2, axis=(0, 1))
+
+    scale = 1.0 / np.sqrt(np.asarray(mean_square()) + 1e-4)  # at most 100
+
+    def scaled_reset(key):
+        obs, state = task.reset(key)
+        return scale * obs, state
+
+    def scaled_step(key, state, action):
+        obs, *others = task.step(key, state, action)
+        return scale * obs, *others
+
+    return task._replace(reset=scaled_reset, step=scaled_step)
+
+
 def make_task(args: Args, name: str, flag: str) -> Task:
     """The task of --suite that --FLAG names, without the wrappers of its package.
 
@@ -513,8 +556,10 @@ def make_task(args: Args, name: str, flag: str) -> Task:
         made = make()
     if isinstance(made, tuple):
         env, params = made
-        return gymnax_task(name, env, params, ends=name == "MountainCarContinuous-v0")
-    return mujoco_task(name, made, ends=args.suite == "brax")
+        task = gymnax_task(name, env, params, ends=name == "MountainCarContinuous-v0")
+    else:
+        task = mujoco_task(name, made, ends=args.suite == "brax")
+    return scaled_task(task) if args.scale_obs else task
 
 
 def names_in(flag: str) -> tuple[str, ...]:

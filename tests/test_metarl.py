@@ -289,6 +289,28 @@ def test_the_papers_tasks_are_those_of_control_jax(name):
     assert (task.obs_size, task.action_size, task.low, task.high) == (len(obs), env.num_actions, -1.0, 1.0)
 
 
+@pytest.mark.parametrize(("suite", "name"), [("gymnax", "Pendulum-v1"), ("dmc", "PointMass")])
+def test_scaled_features_have_unit_mean_square_under_random_actions(suite, name):
+    """In other episodes than those that they were measured in; all else is the task's own."""
+    plain = muesli.make_task(small_args(suite=suite), name, "tasks")
+    scaled = muesli.make_task(small_args(suite=suite, scale_obs=True), name, "tasks")
+    keys = jax.random.split(jax.random.PRNGKey(5), 128)
+    rng = np.random.default_rng(6)
+    (own, own_state), (obs, state) = (fast_jit(jax.vmap(task.reset))(keys) for task in (plain, scaled))
+    step, scaled_step = (fast_jit(jax.vmap(task.step, (0, 0, 0))) for task in (plain, scaled))
+    ratios, squares = [], []
+    for t in range(200):
+        if t % 10 == 0:
+            action = rng.uniform(plain.low, plain.high, (128, plain.action_size)).astype(np.float32)
+        own, own_state, own_reward, _ = step(keys, own_state, action)
+        obs, state, reward, _ = scaled_step(keys, state, action)
+        np.testing.assert_array_equal(reward, own_reward)
+        ratios.append(np.median(obs / np.where(np.abs(own) > 1e-3, own, np.nan), axis=0))
+        squares.append(np.mean(obs**2, axis=0))
+    np.testing.assert_allclose(np.mean(squares, axis=0), 1.0, atol=0.35)
+    assert np.nanstd(ratios, axis=0).max() < 1e-3  # the same factor at all times
+
+
 @pytest.mark.slow
 def test_other_control_tasks_are_playgrounds():
     """As above for a task that only MuJoCo Playground has."""
@@ -409,7 +431,7 @@ def read(path):
     ],
 )
 def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path, capsys):
-    flags = as_flags(**TINY, arch="mlp", suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
+    flags = as_flags(**TINY, arch="mlp", scale_obs=True, suite=suite, tasks=tasks, eval_tasks=held_out, run_dir="run")
     run_here(muesli.main, *flags, cwd=tmp_path)
     out = capsys.readouterr().out
     run, names = tmp_path / "run", [*tasks.split(","), held_out]
