@@ -18,6 +18,7 @@ from scipy import stats
 import popgym_jax
 import ppo_s5_popgym as ppo
 import s5_common as common
+from benchmarks import metacart_swap
 from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, environment
 from popgym_jax.cartpole import PositionOnlyCartPole
 from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
@@ -468,6 +469,28 @@ def test_a_trial_that_nobody_can_fail_is_worth_one():
     np.testing.assert_allclose(fast_jit(ppo.evaluate, setup)(params, jax.random.PRNGKey(1)), np.ones((6, 3)), rtol=1e-5)
 
 
+def test_projections_are_changed_where_the_named_trial_begins_and_the_memory_is_kept_or_emptied():
+    setup = small_setup(4, 30, arch="gru")
+    params = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)).params
+    # an untrained readout hears its memory too little to act otherwise without it
+    params = jax.tree.map(lambda x: 3.0 * x, params)
+
+    def played(at, empty):
+        return jax.device_get(fast_jit(metacart_swap.play, setup, at, empty)(params, jax.random.PRNGKey(3)))
+
+    unchanged, kept, emptied = played(5, False), played(3, False), played(3, True)
+    before = np.cumprod(unchanged.trial < 2, axis=0, dtype=bool)  # not those of the next meta-episode
+    for other in (kept, emptied):
+        for name in ("angle", "reward", "step"):
+            np.testing.assert_array_equal(getattr(other, name)[before], getattr(unchanged, name)[before])
+    assert (kept.angle[~before] != unchanged.angle[~before]).any()
+    assert (kept.reward != emptied.reward).any()
+    returns = metacart_swap.returns_of_trials(kept, 4)
+    np.testing.assert_allclose(returns.sum(axis=1), kept.reward.sum(axis=0), rtol=1e-5)
+    angles = metacart_swap.angles_of_steps(kept, 1, 3)
+    np.testing.assert_allclose(angles[0], np.sqrt(np.mean(kept.angle[0] ** 2)), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path, capsys):
     (tmp_path / "old").mkdir()
@@ -490,6 +513,12 @@ def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert errors[0] == "error: --eval-trials 3: must be 0, as RepeatPreviousEasy has no trials"
     assert "--eval-trials -1" in errors[1] and not (tmp_path / "none").exists()
+
+    run_here(metacart_swap.main, "a", "--episodes", 4, "--out", "swap", cwd=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "swap" / "swap.csv").open()))
+    assert [(row["memory"], int(row["trial"])) for row in rows[::16]] == [("kept", 1), ("emptied", 1)]
+    assert len(rows) == 32 and (tmp_path / "swap" / "swap.png").exists()
+    run_here(metacart_swap.main, "a", "--at", 17, cwd=tmp_path, code=2)
 
 
 def test_table_of_trials_against_plain_sums_and_missing_tables_before_anything_is_written(tmp_path):
