@@ -39,7 +39,7 @@ from muesli_s5_metarl import SUITES  # noqa: E402
 SCRIPT = "muesli_s5_metarl.py"
 TASKS = SUITES["dmc"].train + SUITES["dmc"].held_out
 FLAGS = ("--no-projection", "--scale-obs", "--state-std", "--action-repeat", 4, "--learning-rate", 4e-3)
-FINGER_FLAGS = ("--action-repeat", 2)  # a finger that turns at 10 rad/s misses the spinner otherwise
+FINGER_FLAGS = ("--action-repeat", 2)  # a finger moves by its own length within four steps
 FRAMES = 16_000_000
 LONGER = {"PointMassHard": 60_000_000}  # 84 of 1000 after 16e6, and rising
 

@@ -21,7 +21,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 NETWORK = {"num_envs": 8, "num_steps": 16, "encoder_layers": (16,), "s5_layers": 1, "s5_width": 16, "s5_state": 8}
 NETWORK |= {"num_seeds": 1, "num_devices": 1}
 PPO = {"total_timesteps": 128, "num_minibatches": 2, "update_epochs": 1, "decoder_layers": (16,)}
-MUESLI = {"total_timesteps": 128, "num_minibatches": 2, "meta_steps": 32, "eval_episodes": 2}
+MUESLI = {"total_timesteps": 128, "num_minibatches": 2, "meta_steps": 64, "eval_episodes": 2}
 MUESLI |= {"eval_tasks": "CartpoleBalance"}  # each task takes long to compile
 SMALL = {
     "ppo_s5_popgym.py": NETWORK | PPO,
