@@ -446,6 +446,24 @@ def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_single_tasks_trains_each_once_and_leaves_table_and_picture(tmp_path):
+    flags = as_flags(**TINY | {"total_timesteps": 640, "action_repeat": 1})
+    own = ("--tasks", "PointMass", "PendulumSwingup", "--out", "out")
+    benchmark = str(ROOT / "benchmarks" / "control_ceiling.py")
+    tables = []
+    for _ in range(2):
+        out, _ = finish(start_script(*own, "--", *flags, cwd=tmp_path, program=(benchmark,)))
+        tables.append(read(tmp_path / "out" / "ceiling.csv"))
+    assert "update 8 of 8" not in out  # the second time nothing is trained
+    assert tables[0] == tables[1] and [row["task"] for row in tables[0]] == ["PointMass", "PendulumSwingup"]
+    for row in tables[0]:
+        assert int(row["frames"]) == 640 and 0 < int(row["frames_to_95_percent"]) <= 640
+        summary = json.loads((tmp_path / "out" / row["task"] / "summary.json").read_text())
+        assert float(row["return_mean"]) == pytest.approx(summary["return_train"], abs=0.06)
+    assert (tmp_path / "out" / "ceiling.png").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tmp_path):
     """Evaluations in between included, although their table is damaged. Several seeds; a task whose state has parts
     without elements is stored too."""
