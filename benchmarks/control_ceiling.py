@@ -8,7 +8,7 @@ A task that is not learnt so cannot be learnt through random projections either.
 finished is not repeated and one that was stopped is resumed. Flags after ``--`` go to
 muesli_s5_metarl.py. In the folder --out:
 
-    ceiling.csv    a row a task: final return, frames and minutes, frames to 95 % of the final return
+    ceiling.csv    a row a task: final return, frames, minutes, frames to 95 % of the last tenth's return
     ceiling.png    mean return during training, a panel a task
 """
 
@@ -93,7 +93,8 @@ def row_of(args: Args, task: str) -> dict[str, Any]:
     summary = finished_run(SCRIPT, run_dir, [])
     (final,) = [row for row in read_rows(run_dir / "evaluation.csv") if row["task"] == task][-1:]
     frames, returns = learning_curve(run_dir, task)
-    nearly = int(np.argmax(returns >= 0.95 * returns[-1]))
+    plateau = returns[-max(1, len(returns) // 10) :].mean()
+    nearly = int(np.argmax(returns >= 0.95 * plateau))
     minutes = summary["run_seconds"] / 60
     return {
         "task": task,
