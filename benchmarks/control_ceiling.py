@@ -1,6 +1,6 @@
 """How well is each of DeepMind Control's eleven tasks learnt without projections, with the memory on?
 
-    # all of them on two idle cores: two hours
+    # all of them, half an hour on two cores
     python benchmarks/control_ceiling.py --jobs 2
     python benchmarks/control_ceiling.py --tasks ReacherEasy ReacherHard
 
