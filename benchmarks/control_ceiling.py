@@ -1,6 +1,6 @@
 """How well is each of DeepMind Control's eleven tasks learnt without projections, with the memory on?
 
-    # all of them, half an hour on two cores
+    # all of them, 50 minutes of one core in all
     python benchmarks/control_ceiling.py --jobs 2
     python benchmarks/control_ceiling.py --tasks ReacherEasy ReacherHard
 
@@ -14,6 +14,7 @@ muesli_s5_metarl.py. In the folder --out:
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -87,12 +88,11 @@ def learning_curve(run_dir: Path, task: str, points: int = 100) -> tuple[np.ndar
     return np.array(mean_of_parts[0]), np.array(mean_of_parts[1])
 
 
-def row_of(args: Args, task: str) -> dict[str, Any]:
-    """A row of the table."""
+def row_of(args: Args, task: str, frames: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
+    """A row of the table, for a task and its learning curve."""
     run_dir = Path(args.out) / task
-    summary = finished_run(SCRIPT, run_dir, [])
+    summary = json.loads((run_dir / "summary.json").read_text())
     (final,) = [row for row in read_rows(run_dir / "evaluation.csv") if row["task"] == task][-1:]
-    frames, returns = learning_curve(run_dir, task)
     plateau = returns[-max(1, len(returns) // 10) :].mean()
     nearly = int(np.argmax(returns >= 0.95 * plateau))
     minutes = summary["run_seconds"] / 60
@@ -109,13 +109,12 @@ def row_of(args: Args, task: str) -> dict[str, Any]:
     }
 
 
-def draw(args: Args, picture: Path) -> None:
-    """A panel a task."""
-    columns = min(4, len(args.tasks))
-    lines = math.ceil(len(args.tasks) / 4)
+def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], picture: Path) -> None:
+    """A panel a task, of its frames and returns."""
+    columns = min(4, len(curves))
+    lines = math.ceil(len(curves) / 4)
     figure = Figure(figsize=(2.6 * columns, 2.0 * lines), layout="constrained")
-    for place, task in enumerate(args.tasks, start=1):
-        frames, returns = learning_curve(Path(args.out) / task, task)
+    for place, (task, (frames, returns)) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(lines, columns, place)
         axes.plot(frames / 1e6, returns)
         axes.axhline(800, color="grey", linewidth=0.8, linestyle=":")
@@ -126,10 +125,11 @@ def draw(args: Args, picture: Path) -> None:
 def main() -> None:
     args, flags = parse_args(Args)
     in_lanes(args.jobs, partial(run, args, flags), [(task,) for task in args.tasks])
-    rows = [row_of(args, task) for task in args.tasks]
     out = Path(args.out)
+    curves = {task: learning_curve(out / task, task) for task in args.tasks}
+    rows = [row_of(args, task, *curve) for task, curve in curves.items()]
     keep_rows(out / "ceiling.csv", rows, ("task", "seed"))
-    draw(args, out / "ceiling.png")
+    draw(curves, out / "ceiling.png")
     for row in rows:
         print_row(row)
 
