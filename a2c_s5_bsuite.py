@@ -769,12 +769,12 @@ def train(args: Args) -> dict[str, Any]:
         runners = run.restore(init_runners(setup))
         step = compile_update(setup, runners)
         run.compiled(setup.rows, steps=setup.rounds * args.num_envs * setup.task.length)
-        while run.done < setup.rows and not run.stop:
+        while run.done < setup.rows and not run.stopped:
             runners, metrics = step(runners)
             means = jax.tree.map(lambda x: x.mean(axis=1), metrics)
             run.update(runners, {"episodes": runners.finished} | means)
     for seed, history in zip(run.seeds, np.asarray(runners.history), strict=True):
-        if run.writes and not run.stop:
+        if run.writes and not run.stopped:
             write_bsuite_log(run.path / f"bsuite_seed{seed}.csv", args.env, setup.task.length, history)
     return run.finish(episodes=len(history))
 

@@ -1785,7 +1785,7 @@ def train(args: Args) -> dict[str, Any]:
         table = EvaluationTable(run, evaluation)
         step = compile_update(setup, runners)
         run.compiled(args.num_updates, steps=args.batch_size)
-        while run.done < args.num_updates and not run.stop:
+        while run.done < args.num_updates and not run.stopped:
             runners, metrics = step(runners)
             now = run.done + 1
             if evaluation_is_due(args, now):

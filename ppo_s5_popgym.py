@@ -1071,7 +1071,7 @@ def train(args: Args) -> dict[str, Any]:
         runners = run.restore(init_runners(setup))
         step = compile_update(setup, runners)
         run.compiled(args.num_updates, steps=args.batch_size)
-        while run.done < args.num_updates and not run.stop:
+        while run.done < args.num_updates and not run.stopped:
             runners, metrics = step(runners)
             run.update(runners, metrics)
     return run.finish()

@@ -920,8 +920,9 @@ class RunDirectory:
 
     args.json, metrics.csv, TensorBoard events, checkpoints, picture, summary.
 
-    ``with run:`` collects SIGINT and SIGTERM in ``stop`` for the training loop to read; the second
-    stops at once.
+    ``with run:`` collects SIGINT and SIGTERM in ``signals``. At the end of an update, ``stopped``
+    says for the training loop whether one has come, and a checkpoint has been saved if so. A
+    second signal stops at once.
     """
 
     def __init__(self, args: Any, env: str, script: str):
@@ -932,7 +933,8 @@ class RunDirectory:
         del self.args["resume"], self.args["eval"]
         self.seeds = range(args.seed, args.seed + args.num_seeds)
         self.writes = jax.process_index() == 0
-        self.stop: list[int] = []
+        self.signals: list[int] = []
+        self.stopped = False
         self.done = 0
         self.seconds = 0.0  # of earlier processes
         self.began = time.perf_counter()
@@ -961,8 +963,8 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         def receive(number, frame):
-            self.stop.append(number)
-            if len(self.stop) > 1:
+            self.signals.append(number)
+            if len(self.signals) > 1:
                 raise SystemExit(128 + number)
 
         self.handlers = {}
@@ -1013,6 +1015,7 @@ class RunDirectory:
         """The updates begin: how many in all, and environment steps of one agent in each."""
         self.updates = updates
         self.steps = steps
+        self.stopped = bool(self.signals)
         self.compile_seconds = time.perf_counter() - self.began
         self.progress = Progress(self.done, updates, steps * len(self.seeds))
 
@@ -1033,8 +1036,9 @@ class RunDirectory:
             self.log.add(row, self.progress.steps_per_second)
         seed = self.seeds[0]
         self.progress.show(self.done, self.log.last.get(seed), self.log.best.get(seed))
+        self.stopped = bool(self.signals)  # one that comes while this is saved ends the next update
         due = self.done % self.flags.checkpoint_interval == 0
-        if due or self.stop or self.done == self.updates:
+        if due or self.stopped or self.done == self.updates:
             self.save(state)
 
     def finish(self, **measured: Any) -> dict[str, Any]:
@@ -1042,9 +1046,9 @@ class RunDirectory:
 
         After a stop raises SystemExit instead.
         """
-        if self.stop:
+        if self.stopped:
             print(f"stopped; go on with: {self.resume_command()}")
-            raise SystemExit(128 + self.stop[0])
+            raise SystemExit(128 + self.signals[0])
         final = [self.log.last[seed] for seed in self.seeds if seed in self.log.last]  # without seeds of no episode
         best = [self.log.best[seed] for seed in self.seeds if seed in self.log.best]
         summary: dict[str, Any] = {

@@ -245,16 +245,16 @@ def test_interrupted_runs_exit_130_and_143_and_the_printed_command_resumes_them_
     update = common.RunDirectory.update
 
     def terminated(run, *arguments):
-        if run.done == at + 3:
-            os.kill(os.getpid(), signal.SIGTERM)
         update(run, *arguments)
+        if run.done == at + 3:  # where its checkpoint would have been saved already
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(common.RunDirectory, "update", terminated)
         in_process(monkeypatch, capsys, *shlex.split(command)[2:])
     out, err = capsys.readouterr()
     assert stop.value.code == 143 and out.splitlines()[-1].endswith(shlex.quote(str(run))) and err == ""
-    assert at + 3 <= row_count(run) < UPDATES
+    assert row_count(run) == at + 4 and (run / "checkpoints" / str(at + 4)).exists()
     environment = os.environ | {"XLA_FLAGS": QUICK}
     pasted = subprocess.run(command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert (pasted.returncode, pasted.stderr) == (0, "")
@@ -770,7 +770,7 @@ last = int(sys.argv.pop())
 update = s5_common.RunDirectory.update
 def stopping(run, *arguments):
     if run.done + 1 == last:
-        run.stop.append(15)
+        run.signals.append(15)
     update(run, *arguments)
 s5_common.RunDirectory.update = stopping
 sys.exit(s5_common.run_main(ppo_s5_popgym.main))
