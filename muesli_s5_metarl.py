@@ -100,6 +100,9 @@ class EnvironmentFlags:
     scale_obs: bool = False
     """divide each feature of a task by its root mean square under random actions"""
 
+    obs_change: float = 0.0
+    """above 0, the agent also sees the change of its observation since the last action, times this"""
+
     projection: bool = True
     """new random projections in each meta-episode; off: the agent sees the tasks as they are"""
 
@@ -184,6 +187,12 @@ class MemoryFlags:
 
     arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"
     """the memory"""
+
+    readout: Literal["plain", "multiplicative"] = "plain"
+    """what the heads read: the memory's output, or also its products with the input"""
+
+    readout_size: int = 16
+    """products of the multiplicative readout"""
 
     state_std: bool = False
     """the policy's standard deviation depends on the state; off: a parameter"""
@@ -273,6 +282,7 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
             "muesli_advantage_decay",
             "eval_interval",
             "eval_noise",
+            "obs_change",
         )
         at_least = {"meta_steps": 10}  # an evaluation shows tenths of a meta-episode
         at_most = {
@@ -633,6 +643,19 @@ def project(matrices: Array, vectors: Array) -> Array:
     return jnp.einsum("bnm,bm->bn", matrices, vectors)
 
 
+def with_change(args: Args, obs: Array, before: Array, opens: Array) -> Array:
+    """Observations (B, O), beside them how they have changed (B, O), 0 where a trial opens.
+
+    before (B, O): those of the action before; opens: bool (B,).
+
+    Deviation: with --obs-change only.
+    """
+    if not args.obs_change:
+        return obs
+    change = jnp.where(opens[:, None], 0.0, obs - before)
+    return jnp.concatenate([obs, args.obs_change * change], axis=-1)
+
+
 def agent_input(obs: Array, reward: Array, done: Array, previous_action: Array, start: Array) -> Array:
     """Algorithm 1's observation, float (B, O + A + 3), never the task.
 
@@ -710,13 +733,15 @@ def reset_world(setup: Setup, key: Array) -> World:
         matrices.append((M_o, M_a))
         states.append(state)
         obs.append(project(M_o, native_obs))
+    seen = jnp.concatenate(obs)
+    seen = with_change(setup.args, seen, seen, jnp.ones(batch, bool))
     zeros = jnp.zeros(batch, jnp.float32)
     start = jnp.ones(batch, jnp.float32)
     no_action = jnp.zeros((batch, setup.action_size), jnp.float32)
     return World(
         env_state=tuple(states),
         matrices=tuple(matrices),
-        obs=agent_input(jnp.concatenate(obs), zeros, zeros, no_action, start),
+        obs=agent_input(seen, zeros, zeros, no_action, start),
         start=start,
         time=jnp.zeros(batch, jnp.int32),
         so_far=zeros,
@@ -790,10 +815,12 @@ def step_world(setup: Setup, key: Array, world: World, action: Array) -> tuple[W
     obs = jnp.concatenate([step.obs for step in steps])
     reward = jnp.concatenate([step.reward for step in steps])
     terminated = jnp.concatenate([step.terminated for step in steps])
+    before = world.obs[:, : setup.obs_size]
+    seen = with_change(setup.args, obs, before, terminated)
     start = jnp.zeros_like(world.start)
     later = world._replace(
         env_state=tuple(step.state for step in steps),
-        obs=agent_input(obs, reward, terminated, action, start),
+        obs=agent_input(seen, reward, terminated, action, start),
         start=start,
         time=world.time + 1,
         so_far=world.so_far + repeat * reward,
@@ -948,6 +975,7 @@ class Agent(nn.Module):
 
     args: Args
     action_size: int
+    num_inputs: int  # features F of the agent's input
 
     def setup(self):
         args = self.args
@@ -962,6 +990,9 @@ class Agent(nn.Module):
         self.encoder = nn.Sequential(layers)
         self.memory = make_memory(args)
         self.latent_norm = nn.LayerNorm()
+        if args.readout == "multiplicative":
+            self.products = nn.Dense(args.readout_size * self.num_inputs)
+            self.add_products = nn.Dense(latent_width, kernel_init=normal(0.001))
 
         # policy and value
         self.policy_head = head(self.action_size)
@@ -989,7 +1020,8 @@ class Agent(nn.Module):
         for layer, layer_carry in zip(self.memory, carry, strict=True):
             layer_carry, x = layer.scan(layer_carry, x, start)
             new_carry.append(layer_carry)
-        return new_carry, self.latent_norm(x)
+        h = self.latent(x.reshape(T * B, -1), obs.reshape(T * B, -1))
+        return new_carry, h.reshape(T, B, -1)
 
     def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
         """Latents (B, H)."""
@@ -998,7 +1030,22 @@ class Agent(nn.Module):
         for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
             layer_carry, x = layer.step(layer_kernels, layer_carry, x, start)
             new_carry.append(layer_carry)
-        return new_carry, self.latent_norm(x)
+        return new_carry, self.latent(x, obs)
+
+    def latent(self, x: Array, obs: Array) -> Array:
+        """What the heads read, (N, H), of the memory's output (N, H) and the input (N, F).
+
+        The multiplicative readout adds W(x) f to it, with W (M, F) linear in x and f the input, through a layer of
+        its own. Under a random projection the right action depends on the product of what the memory
+        knows of the projection with what is seen now; a network that only adds the two has to build
+        it. Compare Beck et al. 2023, "Hypernetworks in Meta-Reinforcement Learning".
+        Deviation: with --readout multiplicative only.
+        """
+        if self.args.readout == "multiplicative":
+            W = self.products(x).reshape(len(x), self.args.readout_size, self.num_inputs)
+            z = jnp.sum(W * obs[:, None, :], axis=-1)  # a batched product of matrices is slow on a CPU
+            x += self.add_products(z)
+        return self.latent_norm(x)
 
     def policy(self, h: Array) -> Policy:
         """Means within +-1, where no side of the Gaussian is clipped away.
@@ -1353,6 +1400,7 @@ def make_setup(args: Args) -> Setup:
     largest_action = max(task.action_size for task in tasks)
     obs_size = args.obs_size if args.projection else largest_obs
     action_size = args.action_size if args.projection else largest_action
+    num_inputs = obs_size * (2 if args.obs_change else 1) + action_size + 3
     steps = args.num_updates * args.update_epochs * args.num_minibatches
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(
@@ -1364,7 +1412,7 @@ def make_setup(args: Args) -> Setup:
         tasks=tasks,
         obs_size=obs_size,
         action_size=action_size,
-        network=Agent(args, action_size),
+        network=Agent(args, action_size, num_inputs),
         optimizer=optimizer,
         mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
     )

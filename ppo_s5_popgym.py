@@ -248,7 +248,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "meta": {
         "preset": "meta",
-        "total_timesteps": 40_000_000,
+        "total_timesteps": 20_000_000,
         "num_steps": 1024,
         "gae_lambda": 0.9,
         "trial_discount": 0.5,
@@ -256,6 +256,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "obs_scale": 8.0,
         "obs_change": 10.0,
         "readout": "multiplicative",
+        "s5_dt_min": 0.01,
     },
     "paper": {
         "preset": "paper",

@@ -1,12 +1,14 @@
 """In-context learning on randomly-projected CartPole.
 
-Trains memories x seeds, evaluates on more trials, draws both.
+Trains variants x seeds, evaluates on more trials, draws both.
 
-    # 4 memories, 3 seeds, 16 trials, tested on 32
+    # 5 memories, 3 seeds, 16 trials, tested on 64
     python benchmarks/metacart.py
     # two runs at a time, each on a core of its own
     python benchmarks/metacart.py --jobs 2
-    python benchmarks/metacart.py --archs s5 mlp --seeds 0 -- --total-timesteps 1000000
+    # what each part of the preset is worth
+    python benchmarks/metacart.py --variants s5 no-discount no-readout no-change
+    python benchmarks/metacart.py --variants s5 mlp --seeds 0 -- --total-timesteps 1000000
 
 A run that is finished is not repeated and one that was stopped is resumed, so the same command
 goes on where it was interrupted. Flags after ``--`` go to ppo_s5_popgym.py, behind --preset meta.
@@ -14,7 +16,7 @@ In the folder --out:
 
     metacart.csv    one row a run: MMER, return per trial in groups of trials, steps, minutes
     curves.png      mean return of a meta-episode during training
-    trials_32.png   mean return of each trial in evaluation, with actions sampled as in training
+    trials_64.png   mean return of each trial in evaluation, with actions sampled as in training
 
 Both pictures show the mean over seeds and +- its standard error.
 """
@@ -26,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -48,20 +50,38 @@ SCRIPT = "ppo_s5_popgym.py"
 GROUPS = ((1, 1), (2, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 64))
 
 
+# flags behind --preset meta
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "s5": (),
+    "s5-noreset": ("--arch", "s5-noreset"),
+    "gru": ("--arch", "gru"),
+    "attention": ("--arch", "attention"),
+    "mlp": ("--arch", "mlp"),
+    "told": ("--aux-coef", "1"),  # in training, what the projections are
+    "no-discount": ("--trial-discount", "1"),
+    "no-readout": ("--readout", "plain"),
+    "no-change": ("--obs-change", "0"),
+    "only-discount": ("--readout", "plain", "--obs-change", "0"),
+    "only-readout": ("--trial-discount", "1", "--obs-change", "0"),
+    "only-change": ("--trial-discount", "1", "--readout", "plain"),
+    "none": ("--trial-discount", "1", "--readout", "plain", "--obs-change", "0"),
+}
+
+
 @dataclass(frozen=True)
 class Args:
-    """Memories x seeds on MetaStatelessCartPole."""
+    """Variants x seeds on MetaStatelessCartPole."""
 
     env: str = "MetaStatelessCartPole"
     """or MetaNoisyStatelessCartPole"""
 
-    archs: tuple[str, ...] = ("s5", "s5-noreset", "gru", "mlp")
-    """memories"""
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = ("s5", "s5-noreset", "gru", "attention", "mlp")  # type: ignore
+    """memories, and the preset with a part more or less"""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds, each a run of its own"""
 
-    eval_trials: int = 32
+    eval_trials: int = 64
     """trials of a meta-episode in evaluation"""
 
     eval_episodes: int = 512
@@ -91,14 +111,14 @@ class Curve(NamedTuple):
     error: np.ndarray
 
 
-def directory(args: Args, arch: str, seed: int) -> Path:
-    return Path(args.out) / f"{args.env}__{arch}__s{seed}"
+def directory(args: Args, variant: str, seed: int) -> Path:
+    return Path(args.out) / f"{args.env}__{variant}__s{seed}"
 
 
-def run(args: Args, flags: list[str], arch: str, seed: int, core: int | None) -> None:
+def run(args: Args, flags: list[str], variant: str, seed: int, core: int | None) -> None:
     """Train and evaluate one run, each if need be."""
-    run_dir = directory(args, arch, seed)
-    own = ["--env", args.env, "--preset", "meta", "--arch", arch, "--seed", seed]
+    run_dir = directory(args, variant, seed)
+    own = ["--env", args.env, "--preset", "meta", *VARIANTS[variant], "--seed", seed]
     finished_run(SCRIPT, run_dir, [*own, *flags], core)
     if not (run_dir / f"trials_{args.eval_trials}.csv").exists():
         evaluate = ["--eval", run_dir]
@@ -107,8 +127,8 @@ def run(args: Args, flags: list[str], arch: str, seed: int, core: int | None) ->
         execute(SCRIPT, evaluate, core)
 
 
-def read(args: Args, arch: str, seed: int) -> Finished:
-    run_dir = directory(args, arch, seed)
+def read(args: Args, variant: str, seed: int) -> Finished:
+    run_dir = directory(args, variant, seed)
     summary = json.loads((run_dir / "summary.json").read_text())
     metrics = read_rows(run_dir / "metrics.csv")
     evaluation = run_dir / f"trials_{args.eval_trials}.csv"
@@ -116,7 +136,7 @@ def read(args: Args, arch: str, seed: int) -> Finished:
 
     row = {
         "env": summary["env"],
-        "arch": arch,
+        "variant": variant,
         "seed": seed,
         "env_steps": summary["env_steps"],
         "best_return": round(summary["best_return"], 4),
@@ -168,22 +188,22 @@ def draw(curves: dict[str, Curve], picture: Path, xlabel: str, ylabel: str, trai
 def main() -> None:
     args, flags = parse_args(Args)
     out = Path(args.out)
-    runs = [(arch, seed) for seed in args.seeds for arch in args.archs]
+    runs = [(variant, seed) for seed in args.seeds for variant in args.variants]
     in_lanes(args.jobs, partial(run, args, flags), runs)
 
-    found = {(arch, seed): read(args, arch, seed) for arch, seed in runs}
+    found = {(variant, seed): read(args, variant, seed) for variant, seed in runs}
     rows = [finished.row for finished in found.values()]
-    keep_rows(out / "metacart.csv", rows, ("env", "arch", "seed"))
+    keep_rows(out / "metacart.csv", rows, ("env", "variant", "seed"))
 
     curves = {}
     trials = {}
-    for arch in args.archs:
-        of_seeds = [found[arch, seed] for seed in args.seeds]
+    for variant in args.variants:
+        of_seeds = [found[variant, seed] for seed in args.seeds]
         updates = min(len(finished.returns) for finished in of_seeds)
         returns = [finished.returns[:updates] for finished in of_seeds]
-        curves[arch] = over_seeds(of_seeds[0].env_steps[:updates], returns)
+        curves[variant] = over_seeds(of_seeds[0].env_steps[:updates], returns)
         trial_returns = [finished.trial_returns for finished in of_seeds]
-        trials[arch] = over_seeds(1 + np.arange(args.eval_trials), trial_returns)
+        trials[variant] = over_seeds(1 + np.arange(args.eval_trials), trial_returns)
     draw(curves, out / "curves.png", "environment steps", "mean return of a meta-episode")
     picture = out / f"trials_{args.eval_trials}.png"
     draw(trials, picture, "trial", "mean return of a trial", trained=16)

@@ -32,12 +32,12 @@ def run_script(*flags, cwd, **variables):
 # ---- meta-episodes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def story():
+@pytest.fixture(scope="module", params=[0.0, 2.0], ids=["plain", "obs-change"])
+def story(request):
     """Two tasks, four slots each, seen over five rollouts of ten steps: worlds after each step, actions, rewards."""
     tasks = {"walk": walk_task("walk"), "other": walk_task("other", ends=False, low=-1.0, high=1.0)}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        setup = toy_setup(monkeypatch, tasks=tasks, action_size=3, obs_size=5)
+        setup = toy_setup(monkeypatch, tasks=tasks, action_size=3, obs_size=5, obs_change=request.param)
     world = first_runner(setup).world
     opened = fast_jit(lambda key, world: muesli.open_meta_episodes(setup, key, world))
     step = fast_jit(lambda key, world, action: muesli.step_world(setup, key, world, action))
@@ -77,7 +77,9 @@ def test_meta_episodes_are_those_of_a_plain_loop(story):
                 assert now[1] == 0 and not np.allclose(now[0], place)
                 place, steps = now
             np.testing.assert_allclose(now[0], place, atol=1e-5)
-            seen = np.concatenate([M_o @ [*place, float(steps)], [pay, over], action[slot], [0.0]])
+            obs = M_o @ [*place, float(steps)]
+            change = [] if setup.args.obs_change == 0 else 2.0 * (obs - before.obs[slot, :5]) * (not over)
+            seen = np.concatenate([obs, change, [pay, over], action[slot], [0.0]])
             np.testing.assert_allclose(after.obs[slot], seen, atol=1e-5)
             np.testing.assert_array_equal(after.matrices[task][0][i], M_o)
             np.testing.assert_array_equal(after.matrices[task][1][i], M_a)

@@ -187,10 +187,13 @@ def test_the_cmpo_loss_pulls_a_gaussian_towards_the_better_samples():
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "mlp"])
-def test_scan_and_step_give_the_same_latents_with_any_resets(arch):
-    args = small_args(arch=arch, s5_layers=2)
-    network = muesli.Agent(args, 2)
+@pytest.mark.parametrize(
+    "arch, readout",
+    [("s5", "plain"), ("lstm", "plain"), ("gru", "plain"), ("mlp", "plain"), ("s5", "multiplicative")],
+)
+def test_scan_and_step_give_the_same_latents_with_any_resets(arch, readout):
+    args = small_args(arch=arch, s5_layers=2, readout=readout)
+    network = muesli.Agent(args, 2, 7)
     rng = np.random.default_rng(0)
     obs = jnp.asarray(rng.normal(size=(12, 3, 7)), jnp.float32)
     start = jnp.asarray(rng.random((12, 3)) < 0.2, jnp.float32)
@@ -206,9 +209,28 @@ def test_scan_and_step_give_the_same_latents_with_any_resets(arch):
         np.testing.assert_allclose(h, whole[t], atol=1e-5)
 
 
+def test_the_multiplicative_readout_adds_the_product_of_what_is_remembered_with_what_is_seen():
+    args = small_args(readout="multiplicative", readout_size=3)
+    network = muesli.Agent(args, 2, 7)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    obs = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
+    carry = [layer.initial_carry(4) for layer in muesli.make_memory(args)]
+    everything = fast_jit(partial(network.init, method="everything"))
+    params = everything(jax.random.PRNGKey(0), carry, obs[None], jnp.ones((1, 4)))
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    products, add_products, norm = (params["params"][name] for name in ("products", "add_products", "latent_norm"))
+    expected = []
+    for i in range(4):
+        W = (x[i] @ products["kernel"] + products["bias"]).reshape(3, 7)
+        y = x[i] + (W @ obs[i]) @ add_products["kernel"] + add_products["bias"]
+        expected.append((y - y.mean()) / np.sqrt(y.var() + 1e-6) * norm["scale"] + norm["bias"])
+    np.testing.assert_allclose(network.apply(params, x, obs, method="latent"), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["s5", "lstm", "mlp"])
 def test_all_parameters_are_real(arch):
-    network = muesli.Agent(small_args(arch=arch), 2)
+    network = muesli.Agent(small_args(arch=arch), 2, 5)
     carry = [layer.initial_carry(1) for layer in muesli.make_memory(network.args)]
     shapes = jax.eval_shape(
         partial(network.init, method="everything"),
