@@ -188,12 +188,6 @@ class MemoryFlags:
     arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"
     """the memory"""
 
-    readout: Literal["plain", "multiplicative"] = "plain"
-    """what the heads read: the memory's output, or also its products with the input"""
-
-    readout_size: int = 16
-    """products of the multiplicative readout"""
-
     state_std: bool = False
     """the policy's standard deviation depends on the state; off: a parameter"""
 
@@ -214,6 +208,12 @@ class MemoryFlags:
 
     s5_dt_max: float = 0.1
     """largest initial time step"""
+
+    s5_fast_weights: int = 0
+    """values, an even number, of a layer of fast weights before each S5 layer; 0: no such layers"""
+
+    s5_fast_decays: int = 3
+    """time scales of the fast weights"""
 
     s5_norm: bool = True
     """layer normalisation before each S5 layer"""
@@ -283,6 +283,7 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
             "eval_interval",
             "eval_noise",
             "obs_change",
+            "s5_fast_weights",
         )
         at_least = {"meta_steps": 10}  # an evaluation shows tenths of a meta-episode
         at_most = {
@@ -312,6 +313,8 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
             raise common.UsageError(f"{unroll}: must be below {steps}")
         if self.num_envs % (self.num_minibatches * self.num_devices):
             raise common.UsageError(f"{envs}: must be a multiple of {parts}")
+        if self.s5_fast_weights % 2:
+            raise common.UsageError(f"--s5-fast-weights {self.s5_fast_weights}: must be even")
         if self.num_envs < len(train):
             raise common.UsageError(f"{envs}: must be at least 1 for each of {len(train)} tasks")
         for share in sorted(set(task_shares(self.num_envs, len(train)))):
@@ -936,6 +939,89 @@ class S5Layer(nn.Module):
         return x, self.output(u, v, x, C)
 
 
+class FastWeights(nn.Module):
+    """Sums of products of what is seen with values, read by what is seen now.
+
+    R_t = (1 - start_t) lambda R_{t-1} + sqrt(1 - lambda^2) q_t w_t^T,    w_t = W_1 v
+    out = u + W_3 gelu(W_2 [v, log'(q'_t^T R_t)]),    v = norm(u),    log'(x) = sign(x) log(1 + abs(x))
+
+    q_t: the observation as it is seen, and with --obs-change its change. Each of these Q is
+    remembered times each of M values w for each of K decays lambda, and read by each of the Q. A
+    product with what is remembered is the same under every projection,
+    (M_o a)^T (M_o b) = g^2 a^T b, where a network that only adds has to learn it for all of them.
+    Schmidhuber 1992, "Learning to Control Fast-Weight Memories"; the same as linear attention
+    (Katharopoulos et al. 2020) with decays.
+
+    Parameters besides W: log_rate (K,), lambda = exp(-exp(log_rate)). The carry R is float
+    (B, Q K M O): numbers of real decay, in two halves as the recurrence has complex ones.
+    Deviation: with --s5-fast-weights only.
+    """
+
+    args: Args
+    obs_size: int
+
+    def setup(self):
+        slowest = math.log(0.01)
+        fastest = math.log(0.5)
+        rates = jnp.linspace(fastest, slowest, self.args.s5_fast_decays, dtype=jnp.float32)
+        self.log_rate = self.param("log_rate", lambda _: rates)
+        self.values = nn.Dense(self.args.s5_fast_weights)
+        self.norm = nn.LayerNorm()
+        self.mix = nn.Dense(self.args.s5_width)
+        self.out = nn.Dense(self.args.s5_width)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(2, Q, K, M / 2, O), of a slot's carry."""
+        args = self.args
+        num_keys = 2 if args.obs_change else 1
+        return 2, num_keys, args.s5_fast_decays, args.s5_fast_weights // 2, self.obs_size
+
+    def initial_carry(self, batch: int) -> Array:
+        return jnp.zeros((batch, math.prod(self.shape)), jnp.float32)
+
+    def kernels(self) -> tuple[Array, Array]:
+        """The decays of the carry's numbers, as complex ones, and what is written weighs, (K,)."""
+        decay = jnp.exp(-jnp.exp(self.log_rate))
+        half = jnp.broadcast_to(decay[:, None, None], self.shape[1:]).reshape(-1)
+        return jnp.concatenate([half, jnp.zeros_like(half)]), jnp.sqrt(1 - decay**2)
+
+    def keys(self, inputs: Array) -> Array:
+        """Of the agent's input (N, F), float (N, Q, O)."""
+        num_keys = self.shape[1]
+        return inputs[:, : num_keys * self.obs_size].reshape(len(inputs), num_keys, self.obs_size)
+
+    def write(self, gain: Array, v: Array, q: Array) -> Array:
+        """What is added to the carry, (N, Q K M O)."""
+        w = self.values(v).reshape(len(v), 2, 1, 1, -1, 1)
+        return (w * gain[:, None, None] * q[:, None, :, None, None, :]).reshape(len(v), -1)
+
+    def read(self, u: Array, v: Array, q: Array, R: Array) -> Array:
+        """The layer's output (N, H) of its carry (N, Q K M O)."""
+        R = R.reshape(len(u), -1, self.obs_size)
+        found = jnp.concatenate([jnp.sum(R * key[:, None], axis=-1) for key in jnp.moveaxis(q, 1, 0)], axis=-1)
+        found = jnp.sign(found) * jnp.log1p(jnp.abs(found))
+        return u + self.out(nn.gelu(self.mix(jnp.concatenate([v, found], axis=-1))))
+
+    def scan(self, carry: Array, u: Array, start: Array, inputs: Array) -> tuple[Array, Array]:
+        """u (T, B, H), start (T, B), the agent's inputs (T, B, F)."""
+        decay, gain = self.kernels()
+        T, B, H = u.shape
+        u = u.reshape(T * B, H)
+        v = self.norm(u)
+        q = self.keys(inputs.reshape(T * B, -1))
+        R = common.linear_recurrence(decay, self.write(gain, v, q).reshape(T, B, -1), 1.0 - start, carry)
+        return R[-1], self.read(u, v, q, R.reshape(T * B, -1)).reshape(T, B, H)
+
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array, inputs: Array) -> tuple[Array, Array]:
+        """u (B, H), start (B,), inputs (B, F)."""
+        decay, gain = kernels
+        v = self.norm(u)
+        q = self.keys(inputs)
+        R = common.recurrence_step(decay, carry, self.write(gain, v, q), 1.0 - start)
+        return R, self.read(u, v, q, R)
+
+
 class Policy(NamedTuple):
     """A independent Gaussians."""
 
@@ -953,10 +1039,18 @@ class Policy(NamedTuple):
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
 
-def make_memory(args: Args) -> list[nn.Module]:
-    """The layers between encoder and heads, all called alike: see part 2 of s5_common.py."""
+def make_memory(args: Args, obs_size: int) -> list[nn.Module]:
+    """The layers between encoder and heads, all called alike: see part 2 of s5_common.py.
+
+    Fast weights are also given the agent's input.
+    """
     if args.arch == "s5":
-        return [S5Layer(args) for _ in range(args.s5_layers)]
+        layers: list[nn.Module] = []
+        for _ in range(args.s5_layers):
+            if args.s5_fast_weights:
+                layers.append(FastWeights(args, obs_size))
+            layers.append(S5Layer(args))
+        return layers
     if args.arch == "mlp":
         return [common.Memoryless(args.s5_width)]
     cell = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch]
@@ -975,7 +1069,7 @@ class Agent(nn.Module):
 
     args: Args
     action_size: int
-    num_inputs: int  # features F of the agent's input
+    obs_size: int  # features O of the observation
 
     def setup(self):
         args = self.args
@@ -988,11 +1082,8 @@ class Agent(nn.Module):
         for width in (*args.encoder_layers, args.s5_width):
             layers += [nn.Dense(width), nn.relu]
         self.encoder = nn.Sequential(layers)
-        self.memory = make_memory(args)
+        self.memory = make_memory(args, self.obs_size)
         self.latent_norm = nn.LayerNorm()
-        if args.readout == "multiplicative":
-            self.products = nn.Dense(args.readout_size * self.num_inputs)
-            self.add_products = nn.Dense(latent_width, kernel_init=normal(0.001))
 
         # policy and value
         self.policy_head = head(self.action_size)
@@ -1018,34 +1109,20 @@ class Agent(nn.Module):
         x = self.encoder(obs.reshape(T * B, -1)).reshape(T, B, -1)
         new_carry = []
         for layer, layer_carry in zip(self.memory, carry, strict=True):
-            layer_carry, x = layer.scan(layer_carry, x, start)
+            also = (obs,) if isinstance(layer, FastWeights) else ()
+            layer_carry, x = layer.scan(layer_carry, x, start, *also)
             new_carry.append(layer_carry)
-        h = self.latent(x.reshape(T * B, -1), obs.reshape(T * B, -1))
-        return new_carry, h.reshape(T, B, -1)
+        return new_carry, self.latent_norm(x)
 
     def step(self, kernels: list, carry: list, obs: Array, start: Array) -> tuple[list, Array]:
         """Latents (B, H)."""
         x = self.encoder(obs)
         new_carry = []
         for layer, layer_kernels, layer_carry in zip(self.memory, kernels, carry, strict=True):
-            layer_carry, x = layer.step(layer_kernels, layer_carry, x, start)
+            also = (obs,) if isinstance(layer, FastWeights) else ()
+            layer_carry, x = layer.step(layer_kernels, layer_carry, x, start, *also)
             new_carry.append(layer_carry)
-        return new_carry, self.latent(x, obs)
-
-    def latent(self, x: Array, obs: Array) -> Array:
-        """What the heads read, (N, H), of the memory's output (N, H) and the input (N, F).
-
-        The multiplicative readout adds W(x) f to it, with W (M, F) linear in x and f the input, through a layer of
-        its own. Under a random projection the right action depends on the product of what the memory
-        knows of the projection with what is seen now; a network that only adds the two has to build
-        it. Compare Beck et al. 2023, "Hypernetworks in Meta-Reinforcement Learning".
-        Deviation: with --readout multiplicative only.
-        """
-        if self.args.readout == "multiplicative":
-            W = self.products(x).reshape(len(x), self.args.readout_size, self.num_inputs)
-            z = jnp.sum(W * obs[:, None, :], axis=-1)  # a batched product of matrices is slow on a CPU
-            x += self.add_products(z)
-        return self.latent_norm(x)
+        return new_carry, self.latent_norm(x)
 
     def policy(self, h: Array) -> Policy:
         """Means within +-1, where no side of the Gaussian is clipped away.
@@ -1400,7 +1477,6 @@ def make_setup(args: Args) -> Setup:
     largest_action = max(task.action_size for task in tasks)
     obs_size = args.obs_size if args.projection else largest_obs
     action_size = args.action_size if args.projection else largest_action
-    num_inputs = obs_size * (2 if args.obs_change else 1) + action_size + 3
     steps = args.num_updates * args.update_epochs * args.num_minibatches
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
     optimizer = optax.chain(
@@ -1412,7 +1488,7 @@ def make_setup(args: Args) -> Setup:
         tasks=tasks,
         obs_size=obs_size,
         action_size=action_size,
-        network=Agent(args, action_size, num_inputs),
+        network=Agent(args, action_size, obs_size),
         optimizer=optimizer,
         mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
     )
@@ -1432,7 +1508,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     rollouts_in_meta_episode = args.decisions // args.num_steps
     time = args.num_steps * (slot_of_task % rollouts_in_meta_episode)
     world = world._replace(time=time, whole=time == 0)
-    carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args)]
+    carry = [layer.initial_carry(args.num_envs) for layer in make_memory(args, setup.obs_size)]
     example = (carry, world.obs[None], world.start[None])
     params = setup.network.init(params_key, *example, method="everything")
     zero = jnp.zeros((), jnp.float32)

@@ -187,17 +187,14 @@ def test_the_cmpo_loss_pulls_a_gaussian_towards_the_better_samples():
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arch, readout",
-    [("s5", "plain"), ("lstm", "plain"), ("gru", "plain"), ("mlp", "plain"), ("s5", "multiplicative")],
-)
-def test_scan_and_step_give_the_same_latents_with_any_resets(arch, readout):
-    args = small_args(arch=arch, s5_layers=2, readout=readout)
-    network = muesli.Agent(args, 2, 7)
+@pytest.mark.parametrize("arch, fast_weights", [("s5", 0), ("lstm", 0), ("gru", 0), ("mlp", 0), ("s5", 2)])
+def test_scan_and_step_give_the_same_latents_with_any_resets(arch, fast_weights):
+    args = small_args(arch=arch, s5_layers=2, s5_fast_weights=fast_weights)
+    network = muesli.Agent(args, 2, 4)
     rng = np.random.default_rng(0)
     obs = jnp.asarray(rng.normal(size=(12, 3, 7)), jnp.float32)
     start = jnp.asarray(rng.random((12, 3)) < 0.2, jnp.float32)
-    carry = [layer.initial_carry(3) for layer in muesli.make_memory(args)]
+    carry = [layer.initial_carry(3) for layer in muesli.make_memory(args, 4)]
     params = fast_jit(partial(network.init, method="everything"))(jax.random.PRNGKey(0), carry, obs, start)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
     middle, _ = fast_jit(partial(network.apply, method="scan"))(params, carry, obs[::-1], start)  # not all zero
@@ -209,29 +206,68 @@ def test_scan_and_step_give_the_same_latents_with_any_resets(arch, readout):
         np.testing.assert_allclose(h, whole[t], atol=1e-5)
 
 
-def test_the_multiplicative_readout_adds_the_product_of_what_is_remembered_with_what_is_seen():
-    args = small_args(readout="multiplicative", readout_size=3)
-    network = muesli.Agent(args, 2, 7)
+@pytest.mark.parametrize("obs_change", [0.0, 1.0])
+def test_fast_weights_are_those_of_a_plain_loop(obs_change):
+    """Three decays, two values; a key's sums are kept apart, those of every key are read by every key."""
+    layer = muesli.FastWeights(small_args(s5_fast_weights=2, obs_change=obs_change), 5)
+    T, B, H, O = 9, 3, 16, 5  # noqa: E741
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
-    obs = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
-    carry = [layer.initial_carry(4) for layer in muesli.make_memory(args)]
-    everything = fast_jit(partial(network.init, method="everything"))
-    params = everything(jax.random.PRNGKey(0), carry, obs[None], jnp.ones((1, 4)))
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-    products, add_products, norm = (params["params"][name] for name in ("products", "add_products", "latent_norm"))
-    expected = []
-    for i in range(4):
-        W = (x[i] @ products["kernel"] + products["bias"]).reshape(3, 7)
-        y = x[i] + (W @ obs[i]) @ add_products["kernel"] + add_products["bias"]
-        expected.append((y - y.mean()) / np.sqrt(y.var() + 1e-6) * norm["scale"] + norm["bias"])
-    np.testing.assert_allclose(network.apply(params, x, obs, method="latent"), expected, atol=1e-5)
+    u = jnp.asarray(rng.normal(size=(T, B, H)), jnp.float32)
+    inputs = jnp.asarray(rng.normal(size=(T, B, 14)), jnp.float32)
+    start = jnp.asarray(rng.random((T, B)) < 0.2, jnp.float32)
+    carry = layer.initial_carry(B)
+    params = fast_jit(partial(layer.init, method="scan"))(jax.random.PRNGKey(0), carry, u, start, inputs)
+    _, got = fast_jit(partial(layer.apply, method="scan"))(params, carry, u, start, inputs)
+
+    p = jax.tree.map(np.asarray, params["params"])
+    decays = np.exp(-np.exp(p["log_rate"]))
+    np.testing.assert_allclose(-np.log(decays), [0.5, np.sqrt(0.5 * 0.01), 0.01], rtol=1e-5)
+
+    def dense(name, x):
+        return x @ p[name]["kernel"] + p[name]["bias"]
+
+    for b in range(B):
+        R = np.zeros((2 if obs_change else 1, 3, 2, O))
+        for t in range(T):
+            v = (u[t, b] - u[t, b].mean()) / np.sqrt(u[t, b].var() + 1e-6)
+            w = dense("values", v)
+            keys = [inputs[t, b, :5], inputs[t, b, 5:10]][: len(R)]
+            found = []
+            for i, key in enumerate(keys):
+                for k, decay in enumerate(decays):
+                    for m in range(2):
+                        R[i, k, m] = (1 - start[t, b]) * decay * R[i, k, m] + np.sqrt(1 - decay**2) * w[m] * key
+            for key in keys:  # values outermost, as they are the two halves of the carry
+                found += [R[i, k, m] @ key for m in range(2) for i in range(len(R)) for k in range(3)]
+            found = np.sign(found) * np.log1p(np.abs(found))
+            y = u[t, b] + dense("out", jax.nn.gelu(dense("mix", np.concatenate([v, found]))))
+            np.testing.assert_allclose(got[t, b], y, atol=1e-5)
+
+
+def test_what_fast_weights_find_does_not_depend_on_the_projection():
+    """Observations turned by an orthogonal matrix give the same, if what else is remembered is the same."""
+    layer = muesli.FastWeights(small_args(s5_fast_weights=4, obs_change=1.0), 5)
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.normal(size=(9, 3, 16)), jnp.float32)
+    obs, change = jnp.asarray(rng.normal(size=(2, 9, 3, 5)), jnp.float32)
+    Q, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    start = jnp.zeros((9, 3))
+    carry = layer.initial_carry(3)
+    params = fast_jit(partial(layer.init, method="scan"))(
+        jax.random.PRNGKey(0), carry, u, start, jnp.concatenate([obs, change], axis=-1)
+    )
+    scan = fast_jit(partial(layer.apply, method="scan"))
+    _, plain = scan(params, carry, u, start, jnp.concatenate([obs, change], axis=-1))
+    _, turned = scan(params, carry, u, start, jnp.concatenate([obs @ Q.T, change @ Q.T], axis=-1))
+    np.testing.assert_allclose(turned, plain, atol=1e-5)
+    _, other = scan(params, carry, u, start, jnp.concatenate([obs @ Q.T, change], axis=-1))
+    assert np.abs(other - plain).max() > 0.01
 
 
 @pytest.mark.parametrize("arch", ["s5", "lstm", "mlp"])
 def test_all_parameters_are_real(arch):
     network = muesli.Agent(small_args(arch=arch), 2, 5)
-    carry = [layer.initial_carry(1) for layer in muesli.make_memory(network.args)]
+    carry = [layer.initial_carry(1) for layer in muesli.make_memory(network.args, 5)]
     shapes = jax.eval_shape(
         partial(network.init, method="everything"),
         jax.random.PRNGKey(0),
