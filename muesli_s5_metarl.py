@@ -7,7 +7,9 @@ Optimization", for continuous actions.
     # six DeepMind Control tasks at once
     python muesli_s5_metarl.py
     # one task, minutes on 2 CPU cores
-    python muesli_s5_metarl.py --tasks CartpoleSwingup --learning-rate 4e-3
+    python muesli_s5_metarl.py --tasks CartpoleSwingup
+    # without what goes beyond the paper: the memory is S5 alone
+    python muesli_s5_metarl.py --preset plain
     # the paper's table, for accelerators
     python muesli_s5_metarl.py --preset paper
 
@@ -47,8 +49,8 @@ import s5_common as common
 class RunFlags:
     """The run: what is trained, where it is kept."""
 
-    preset: Literal["default", "paper"] = "default"
-    """values to begin from: for a laptop, or the paper's; flags win"""
+    preset: Literal["default", "plain", "paper"] = "default"
+    """values to begin from: for a laptop, the same without additions, or the paper's; flags win"""
 
     seed: int = 0
     """seed of the first agent"""
@@ -56,7 +58,7 @@ class RunFlags:
     num_seeds: int = 1
     """independent agents trained in one program, with seeds seed, seed + 1, ..."""
 
-    total_timesteps: int = 16_000_000
+    total_timesteps: int = 60_000_000
     """environment steps for each agent, rounded up to whole rollouts"""
 
     run_dir: str = ""
@@ -94,13 +96,13 @@ class EnvironmentFlags:
     meta_steps: int = 1000
     """steps of a meta-episode, over which memory and projections last"""
 
-    action_repeat: int = 1
+    action_repeat: int = 4
     """steps for which an action is held; the agent sees the last observation and the mean reward"""
 
-    scale_obs: bool = False
+    scale_obs: bool = True
     """divide each feature of a task by its root mean square under random actions"""
 
-    obs_change: float = 0.0
+    obs_change: float = 1.0
     """above 0, the agent also sees the change of its observation since the last action, times this"""
 
     projection: bool = True
@@ -129,7 +131,7 @@ class LearnerFlags:
     update_epochs: int = 1
     """passes over each rollout"""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     """Adam step size"""
 
     anneal_lr: bool = True
@@ -188,7 +190,7 @@ class MemoryFlags:
     arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"
     """the memory"""
 
-    state_std: bool = False
+    state_std: bool = True
     """the policy's standard deviation depends on the state; off: a parameter"""
 
     encoder_layers: tuple[int, ...] = (128,)
@@ -209,7 +211,7 @@ class MemoryFlags:
     s5_dt_max: float = 0.1
     """largest initial time step"""
 
-    s5_fast_weights: int = 0
+    s5_fast_weights: int = 4
     """values, an even number, of a layer of fast weights before each S5 layer; 0: no such layers"""
 
     s5_fast_decays: int = 3
@@ -323,9 +325,23 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
                 raise common.UsageError(f"{devices}: must divide {slots}")
 
 
+PLAIN = {
+    "action_repeat": 1,
+    "scale_obs": False,
+    "obs_change": 0.0,
+    "state_std": False,
+    "s5_fast_weights": 0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "plain": {
+        **PLAIN,
+        "preset": "plain",
+        "total_timesteps": 16_000_000,
+        "learning_rate": 1e-3,
+    },
     "paper": {
+        **PLAIN,
         "preset": "paper",
         "total_timesteps": 2_000_000_000,
         "num_envs": 1024,

@@ -39,7 +39,17 @@ from muesli_s5_metarl import SUITES  # noqa: E402
 
 SCRIPT = "muesli_s5_metarl.py"
 TASKS = SUITES["dmc"].train + SUITES["dmc"].held_out
-FLAGS = ("--no-projection", "--scale-obs", "--state-std", "--action-repeat", 4, "--learning-rate", 4e-3)
+FLAGS = (
+    "--preset",
+    "plain",
+    "--no-projection",
+    "--scale-obs",
+    "--state-std",
+    "--action-repeat",
+    4,
+    "--learning-rate",
+    4e-3,
+)
 FINGER_FLAGS = ("--action-repeat", 2)  # a finger moves by its own length within four steps
 FRAMES = 16_000_000
 LONGER = {"PointMassHard": 60_000_000, "PendulumSwingup": 60_000_000}  # 84 and 172 after 16e6, and rising

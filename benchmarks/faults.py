@@ -94,6 +94,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_envs": 2,
         "num_steps": 10,
         "meta_steps": 20,
+        "action_repeat": 1,
         "num_minibatches": 2,
         "muesli_samples": 2,
         "muesli_support": 5,

@@ -48,7 +48,7 @@ class Args:
     archs: tuple[Literal["s5", "lstm", "gru", "mlp"], ...] = ("s5", "lstm")
     """memories, of equal width"""
 
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "plain", "paper"] = "default"
     """flag values to measure"""
 
     repeats: int = 3

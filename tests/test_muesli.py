@@ -14,6 +14,7 @@ import muesli_s5_metarl as muesli
 
 SMALL = {"encoder_layers": (16,), "s5_width": 16, "s5_state": 8, "rnn_width": 16, "s5_layers": 1, "num_envs": 8}
 SMALL |= {"num_steps": 10, "meta_steps": 20, "num_minibatches": 2, "muesli_samples": 4, "muesli_support": 10}
+SMALL |= muesli.PLAIN | {"learning_rate": 1e-3}
 
 
 def small_args(**flags):
