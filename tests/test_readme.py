@@ -15,6 +15,7 @@ from conftest import QUICK, ROOT, as_flags, run_here
 import a2c_s5_bsuite
 import muesli_s5_metarl
 import ppo_s5_popgym
+from benchmarks import s5_states
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,12 +122,32 @@ def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
     assert out and err == ""
 
 
-def test_the_python_examples_of_popgym_jax_run_one_after_the_other(capsys):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "popgym_jax" / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+def run_python_of(page):
+    """Its examples, one after the other, and the names that they leave."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     names = {}
     for block in blocks:
         exec(block, names)
+    return names
+
+
+def test_the_page_on_s5_proves_what_it_says():
+    """By asserts in its examples, each of which has one."""
+    names = run_python_of(ROOT / "docs" / "s5.md")
+    assert names["states"].shape == (5, 1, 2)
+
+
+def test_the_picture_of_states_shows_the_half_lives_of_the_page(tmp_path):
+    table = re.search(r"half is left after \| (.*?) \|$", (ROOT / "docs" / "s5.md").read_text(), re.MULTILINE)[1]
+    steps = [float(cell.removesuffix(" steps").replace(",", "")) for cell in table.split(" | ")]
+    half_lives = [s5_states.half_life(time_step) for time_step in (0.1, 0.01, 0.001, 0.0001)]
+    assert half_lives == pytest.approx(steps, rel=0.01)
+    assert s5_states.answer(0.01, 140)[139] == pytest.approx(s5_states.answer(0.01, 1)[0] / 2, rel=0.01)
+    run_here(s5_states.main, "--out", tmp_path / "states.png", cwd=tmp_path)
+    assert (tmp_path / "states.png").exists()
+
+
+def test_the_python_examples_of_popgym_jax_run_one_after_the_other(capsys):
+    names = run_python_of(ROOT / "popgym_jax" / "README.md")
     assert float(capsys.readouterr().out) == pytest.approx(-0.5, abs=0.05)  # what its comment promises
     assert names["envs"].num_envs == 64
