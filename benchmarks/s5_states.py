@@ -48,7 +48,7 @@ def half_life(time_step: float) -> float:
 def answer(time_step: float, steps: int) -> np.ndarray:
     """The state of a rate without imaginary part after one observation of 1, (steps,)."""
     Lambda_bar, B_bar = common.discretize_zoh(np.array([RATE + 0j]), np.ones((1, 1)), np.array([time_step]))
-    return np.real(B_bar[0, 0] * Lambda_bar[0] ** np.arange(steps))
+    return np.real(complex(B_bar[0, 0]) * complex(Lambda_bar[0]) ** np.arange(steps))
 
 
 def main() -> int:
