@@ -15,10 +15,12 @@ README.md.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,7 +79,8 @@ class EnvironmentFlags:
     """The environment and what the agent gets of it."""
 
     env: str = "RepeatPreviousHard"
-    """a POPGym task, also by the paper's names (RepeatHard, ...); see --list-envs"""
+    """a POPGym task, also by the paper's names (RepeatHard, ...), see --list-envs; or one of your own,
+    PACKAGE.MODULE:FACTORY, see examples/"""
 
     num_envs: int = 64
     """parallel environments B"""
@@ -726,10 +729,35 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
 
 
 # ---- 6. Rollout and update -----------------------------------------------------------------------
+def own_environment(name: str) -> tuple[Any, Any]:
+    """What PACKAGE.MODULE:FACTORY returns: an environment with gymnax's 1.x interface, its parameters.
+
+    The module is looked for in the working directory, too. Raises UsageError.
+    """
+    module_name, factory_name = name.split(":", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        factory = getattr(import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise common.UsageError(f"--env {name}: {error}") from None
+    made = factory() if callable(factory) else factory
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise common.UsageError(f"--env {name}: must be a function that returns an environment and its parameters")
+    env, env_params = made
+    missing = [method for method in ("reset_env", "step", "action_space", "name") if not hasattr(env, method)]
+    if missing:
+        raise common.UsageError(f"--env {name}: the environment has no {', '.join(missing)}")
+    obs, _ = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
+    if getattr(obs, "ndim", 0) != 1 or obs.dtype != jnp.float32:
+        raise common.UsageError(f"--env {name}: observations must be float32 vectors, not {obs}")
+    return env, env_params
+
+
 def make_setup(args: Args) -> Setup:
     """Environment, network, optimiser and devices for these flags. Raises UsageError."""
     try:
-        env, env_params = popgym_jax.make(args.env)
+        env, env_params = own_environment(args.env) if ":" in args.env else popgym_jax.make(args.env)
     except popgym_jax.UnknownEnvironmentError as error:
         raise common.UsageError(f"--env {args.env}: {error}") from None
     has_trials = hasattr(env_params, "num_trials")
