@@ -179,9 +179,6 @@ class LearnerFlags:
     muesli_advantage_decay: float = 0.99
     """beta of the moving average of the squared advantage, per rollout"""
 
-    muesli_task_sigma: bool = False
-    """advantages are divided by their root mean square on their own task; off: by that on all tasks"""
-
     muesli_support: int = 15
     """values and rewards, after the transform, are categorical over -n, ..., n"""
 
@@ -1187,7 +1184,7 @@ class Setup(NamedTuple):
 class AdvantageScale(NamedTuple):
     """What advantages are divided by, squared: a moving average, its bias not yet corrected."""
 
-    square: Array  # of each task, float (tasks,); the same for all without --muesli-task-sigma
+    square: Array  # float ()
     rollouts: Array  # how many are in it, float ()
 
 
@@ -1318,27 +1315,6 @@ class ReplayedTargets(NamedTuple):
     metrics: dict[str, Array]
 
 
-def squared_advantages(setup: Setup, advantages: Array) -> Array:
-    """Of advantages (T, B) the mean square for each task, (tasks,).
-
-    Deviation: tasks differ in it, with --muesli-task-sigma only.
-    """
-    if not setup.args.muesli_task_sigma:
-        return jnp.full(len(setup.tasks), jnp.mean(advantages**2))
-    return jnp.stack([jnp.mean(own**2) for own in by_task(setup, advantages.T)])
-
-
-def slot_sigma(setup: Setup, square: Array) -> Array:
-    """By what the advantages of each slot are divided, (B,), of the mean square for each task.
-
-    At least a tenth of the root of the mean over tasks: where there is no reward yet, an advantage
-    is an error of the value.
-    """
-    square = jnp.maximum(square, 0.01 * jnp.mean(square))
-    shares = np.array(task_shares(setup.args.num_envs, len(setup.tasks)))
-    return jnp.repeat(jnp.sqrt(square + 1e-12), shares, total_repeat_length=setup.args.num_envs)
-
-
 def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Array, key: Array) -> ReplayedTargets:
     """What the losses aim at: the target network reads the rollout once.
 
@@ -1367,17 +1343,17 @@ def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Arr
     # sigma^2 = E[(G - v_prior)^2], a moving average with its bias corrected
     decay = args.muesli_advantage_decay
     scale = AdvantageScale(
-        square=decay * runner.advantage_scale.square + (1 - decay) * squared_advantages(setup, advantages),
+        square=decay * runner.advantage_scale.square + (1 - decay) * jnp.mean(advantages**2),
         rollouts=runner.advantage_scale.rollouts + 1,
     )
-    sigma = slot_sigma(setup, scale.square / (1 - decay**scale.rollouts))  # (B,)
+    sigma = jnp.sqrt(scale.square / (1 - decay**scale.rollouts) + 1e-12)
 
     # CMPO, one time step after the other: N times a rollout would leave the caches
     def sample(step):
         key, h, prior, value = step
         keys = jax.random.split(key, args.muesli_samples)
         action = jax.vmap(prior.sample, out_axes=1)(keys)  # (B, N, A)
-        advantage = (q_prior(h[:, None], action) - value[:, None]) / sigma[:, None]
+        advantage = (q_prior(h[:, None], action) - value[:, None]) / sigma
         return action, cmpo_weights(args, advantage)
 
     keys = jax.random.split(key, args.num_steps)
@@ -1390,7 +1366,7 @@ def muesli_targets(setup: Setup, runner: Runner, rollout: Rollout, last_obs: Arr
         weights=weights,
     )
     metrics = {
-        "sigma": sigma.mean(),
+        "sigma": sigma,
         "value_mean": value.mean(),
         "prior_ratio": ratio.mean(),
         "explained_variance": 1 - jnp.var(advantages) / (jnp.var(returns) + 1e-8),
@@ -1557,7 +1533,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
         target_params=jax.tree.map(jnp.copy, params),
         opt_state=setup.optimizer.init(params),
         key=key,
-        advantage_scale=AdvantageScale(square=jnp.zeros(len(setup.tasks), jnp.float32), rollouts=zero),
+        advantage_scale=AdvantageScale(square=zero, rollouts=zero),
         world=world,
         carry=carry,
         target_carry=carry,
