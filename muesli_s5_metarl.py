@@ -958,18 +958,20 @@ class S5Layer(nn.Module):
 class FastWeights(nn.Module):
     """Sums of products of what is seen with values, read by what is seen now.
 
-    R_t = (1 - start_t) lambda R_{t-1} + sqrt(1 - lambda^2) q_t w_t^T,    w_t = W_1 v
-    out = u + W_3 gelu(W_2 [v, log'(q'_t^T R_t)]),    v = norm(u),    log'(x) = sign(x) log(1 + abs(x))
+    v = norm(u),    w_t = W1 v
+    R_t = (1 - start_t) lambda R_{t-1} + sqrt(1 - lambda^2) w_t q_t^T
+    out = u + W3 gelu(W2 [v, f(R_t q_t)]),    f(x) = sign(x) log(1 + abs(x))
 
-    q_t: the observation as it is seen, and with --obs-change its change. Each of these Q is
-    remembered times each of M values w for each of K decays lambda, and read by each of the Q. A
-    product with what is remembered is the same under every projection,
+    q: the observation as it is seen, and with --obs-change its change. Each of these Q keys is
+    remembered times each of M values w, for each of K decays lambda, and what is remembered is read
+    by each of the keys. Such a product is the same under every projection,
     (M_o a)^T (M_o b) = g^2 a^T b, where a network that only adds has to learn it for all of them.
-    Schmidhuber 1992, "Learning to Control Fast-Weight Memories"; the same as linear attention
-    (Katharopoulos et al. 2020) with decays.
+    Schmidhuber 1992, "Learning to Control Fast-Weight Memories"; without decays it is the linear
+    attention of Katharopoulos et al. 2020.
 
     Parameters besides W: log_rate (K,), lambda = exp(-exp(log_rate)). The carry R is float
-    (B, Q K M O): numbers of real decay, in two halves as the recurrence has complex ones.
+    (B, Q K M O), in two halves, as the recurrence takes real and imaginary parts; these decays
+    are real.
     Deviation: with --s5-fast-weights only.
     """
 
@@ -1015,7 +1017,8 @@ class FastWeights(nn.Module):
     def read(self, u: Array, v: Array, q: Array, R: Array) -> Array:
         """The layer's output (N, H) of its carry (N, Q K M O)."""
         R = R.reshape(len(u), -1, self.obs_size)
-        found = jnp.concatenate([jnp.sum(R * key[:, None], axis=-1) for key in jnp.moveaxis(q, 1, 0)], axis=-1)
+        read_by_each = [jnp.sum(R * key[:, None], axis=-1) for key in jnp.moveaxis(q, 1, 0)]
+        found = jnp.concatenate(read_by_each, axis=-1)  # (N, Q Q K M)
         found = jnp.sign(found) * jnp.log1p(jnp.abs(found))
         return u + self.out(nn.gelu(self.mix(jnp.concatenate([v, found], axis=-1))))
 
