@@ -22,6 +22,7 @@ import s5_common as common
 
 SCRIPT = ROOT / "muesli_s5_metarl.py"
 TINY = SMALL | {"eval_episodes": 2, "total_timesteps": 160}  # two updates
+FAST = {"s5_fast_weights": 2, "obs_change": 1.0, "scale_obs": True, "state_std": True, "action_repeat": 2}
 PENDULUM = {"suite": "gymnax", "tasks": "Pendulum-v1", "projection": False}
 
 
@@ -471,8 +472,8 @@ def test_the_benchmark_of_single_tasks_trains_each_once_and_leaves_table_and_pic
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tmp_path):
     """Evaluations in between included, although their table is damaged. Several seeds; a task whose state has parts
     without elements is stored too."""
-    own = {"total_timesteps": 80 * 30, "eval_interval": 7, "num_seeds": 2, "checkpoint_interval": 4}
-    flags = as_flags(**TINY | PENDULUM | own)
+    own = {"total_timesteps": 160 * 30, "eval_interval": 7, "num_seeds": 2, "checkpoint_interval": 4}
+    flags = as_flags(**TINY | PENDULUM | FAST | own)
     whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
     cut = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)
     while not (tmp_path / "cut" / "metrics.csv").exists() or len(read(tmp_path / "cut" / "metrics.csv")) < 20:
@@ -503,7 +504,8 @@ def same_tables(ours, theirs):
 @pytest.mark.slow
 def test_two_devices_give_the_metrics_and_the_evaluation_of_one_and_each_goes_on_with_the_others_run(tmp_path):
     """A run is cut by taking its newest checkpoint away."""
-    flags = as_flags(**TINY | PENDULUM | {"total_timesteps": 80 * 6, "num_seeds": 2, "checkpoint_interval": 3})
+    own = {"total_timesteps": 160 * 6, "num_seeds": 2, "checkpoint_interval": 3}
+    flags = as_flags(**TINY | PENDULUM | FAST | own)
     one = run_script(*flags, "--run-dir", "one", cwd=tmp_path)
     two = run_script(*flags, "--run-dir", "two", "--num-devices", 2, cwd=tmp_path, XLA_FLAGS=TWO_DEVICES)
     for process in (one, two):
@@ -636,7 +638,8 @@ CAR = {"suite": "gymnax", "tasks": "MountainCarContinuous-v0", "meta_steps": 10}
 @pytest.mark.parametrize("arch", ["s5", "lstm"])  # types with the others: test_muesli.py
 @pytest.mark.slow
 def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
-    flags = as_flags(**TINY | CAR | {"arch": arch, "total_timesteps": 240, "eval_interval": 1})
+    own = {"arch": arch, "total_timesteps": 480, "meta_steps": 20, "eval_interval": 1}
+    flags = as_flags(**TINY | CAR | FAST | own)
     for name, switch in (("plain", nullcontext()), ("nan", jax.debug_nans(True)), ("wide", jax.enable_x64(True))):
         with switch:
             run_here(muesli.main, *flags, "--run-dir", name, cwd=tmp_path)

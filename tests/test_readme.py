@@ -68,6 +68,17 @@ def test_commands_are_found_in_bash_fences_only():
 found = commands("\n".join(page.read_text() for page in PAGES))
 
 
+def test_every_file_of_results_has_a_row_and_every_link_leads_to_a_file():
+    results = ROOT / "results"
+    page = (results / "README.md").read_text()
+    first_cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    names = set(re.findall(r"[\w]+\.(?:md|png|csv|json)", first_cells))
+    assert names == {path.name for path in results.iterdir()} - {"README.md"}
+    for page in [*PAGES, *results.glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_the_readme_begins_with_installing_and_training():
     first = re.search(r"^```bash\n(.*?)$", README.read_text(), re.MULTILINE)
     assert first and first[1].startswith("pip install -r requirements.txt && python ppo_s5_popgym.py --env RepeatHard")
