@@ -705,6 +705,8 @@ def test_empty_arrays_are_left_out_of_a_checkpoint_and_come_back(tmp_path):
         (["--muesli-unroll", "125"], "--muesli-unroll 125: must be below --num-steps 125"),
         (["--gamma", "1.5"], "--gamma 1.5: must be at least 0 and at most 1"),
         (["--s5-dt-min", "1"], "--s5-dt-min 1.0: must be at most --s5-dt-max"),
+        (["--s5-fast-weights", "3"], "--s5-fast-weights 3: must be even"),
+        (["--obs-change", "-1"], "--obs-change -1.0: must be at least 0"),
         (["--arch", "transformer"], "transformer"),
         (["--resume", "nowhere"], "nowhere: not a run directory"),
     ],
