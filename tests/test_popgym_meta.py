@@ -18,7 +18,7 @@ from scipy import stats
 import popgym_jax
 import ppo_s5_popgym as ppo
 import s5_common as common
-from benchmarks import metacart_swap
+from benchmarks import metacart, metacart_swap
 from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, environment
 from popgym_jax.cartpole import PositionOnlyCartPole
 from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
@@ -519,6 +519,23 @@ def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path
     assert [(row["memory"], int(row["trial"])) for row in rows[::16]] == [("kept", 1), ("emptied", 1)]
     assert len(rows) == 32 and (tmp_path / "swap" / "swap.png").exists()
     run_here(metacart_swap.main, "a", "--at", 17, cwd=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("variant", metacart.VARIANTS)
+def test_variants_of_the_benchmark_change_what_they_are_named_after(variant):
+    """A part is left out, or is the only one of the three that is kept."""
+    preset = ["--env", "MetaStatelessCartPole", "--preset", "meta"]
+
+    def flags_of(variant):
+        return vars(common.parse_args(ppo.Args, ppo.PRESETS, [*preset, *metacart.VARIANTS[variant]]))
+
+    whole, own = flags_of("s5"), flags_of(variant)
+    changed = {name for name in whole if own[name] != whole[name]}
+    parts = {"discount": "trial_discount", "readout": "readout", "change": "obs_change"}
+    what, _, part = variant.partition("-")
+    expected = {"no": {parts.get(part)}, "only": set(parts.values()) - {parts.get(part)}}
+    expected |= {"none": set(parts.values()), "told": {"aux_coef"}}
+    assert changed == expected.get(what, {"arch"} if variant != "s5" else set())
 
 
 def test_table_of_trials_against_plain_sums_and_missing_tables_before_anything_is_written(tmp_path):
