@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -39,17 +40,7 @@ from muesli_s5_metarl import SUITES  # noqa: E402
 
 SCRIPT = "muesli_s5_metarl.py"
 TASKS = SUITES["dmc"].train + SUITES["dmc"].held_out
-FLAGS = (
-    "--preset",
-    "plain",
-    "--no-projection",
-    "--scale-obs",
-    "--state-std",
-    "--action-repeat",
-    4,
-    "--learning-rate",
-    4e-3,
-)
+FLAGS = shlex.split("--preset plain --no-projection --scale-obs --state-std --action-repeat 4 --learning-rate 4e-3")
 FINGER_FLAGS = ("--action-repeat", 2)  # a finger moves by its own length within four steps
 FRAMES = 16_000_000
 LONGER = {"PointMassHard": 60_000_000, "PendulumSwingup": 60_000_000}  # 84 and 172 after 16e6, and rising

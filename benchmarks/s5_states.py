@@ -39,16 +39,22 @@ class Args:
     """steps after the observation"""
 
 
+def single_state(time_step: float) -> tuple[complex, complex]:
+    """Lambda_bar and B_bar of a state of this rate, without imaginary part, and B = 1."""
+    Lambda_bar, B_bar = common.discretize_zoh(np.array([RATE + 0j]), np.ones((1, 1)), np.array([time_step]))
+    return complex(Lambda_bar[0]), complex(B_bar[0, 0])
+
+
 def half_life(time_step: float) -> float:
     """Steps after which half of what was written is left."""
-    Lambda_bar, _ = common.discretize_zoh(np.array([RATE + 0j]), np.ones((1, 1)), np.array([time_step]))
-    return math.log(0.5) / math.log(abs(complex(Lambda_bar[0])))
+    Lambda_bar, _ = single_state(time_step)
+    return math.log(0.5) / math.log(abs(Lambda_bar))
 
 
 def answer(time_step: float, steps: int) -> np.ndarray:
-    """The state of a rate without imaginary part after one observation of 1, (steps,)."""
-    Lambda_bar, B_bar = common.discretize_zoh(np.array([RATE + 0j]), np.ones((1, 1)), np.array([time_step]))
-    return np.real(complex(B_bar[0, 0]) * complex(Lambda_bar[0]) ** np.arange(steps))
+    """The state after one observation of 1, (steps,)."""
+    Lambda_bar, B_bar = single_state(time_step)
+    return np.real(B_bar * Lambda_bar ** np.arange(steps))
 
 
 def main() -> int:

@@ -635,10 +635,10 @@ def test_a_simulation_that_diverged_leaves_empty_fields(tmp_path, capsys):
 CAR = {"suite": "gymnax", "tasks": "MountainCarContinuous-v0", "meta_steps": 10}  # the suite holds none out beside it
 
 
+@pytest.mark.parametrize("arch", ["s5", "lstm"])  # types with the others: test_muesli.py
 @pytest.mark.slow
-def test_64_bit_types_and_the_search_for_nan_change_nothing(tmp_path):
-    """With S5 and fast weights; types with the other memories: test_muesli.py."""
-    own = {"total_timesteps": 480, "meta_steps": 20, "eval_interval": 1}
+def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
+    own = {"arch": arch, "total_timesteps": 480, "meta_steps": 20, "eval_interval": 1}
     flags = as_flags(**TINY | CAR | FAST | own)
     for name, switch in (("plain", nullcontext()), ("nan", jax.debug_nans(True)), ("wide", jax.enable_x64(True))):
         with switch:
