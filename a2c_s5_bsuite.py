@@ -121,6 +121,9 @@ class LearnerFlags:
     anneal_lr: bool = True
     """bring the step size to zero linearly over the run"""
 
+    adam_eps: float = 1e-8
+    """added to the root of Adam's second moment, which decays where rewards are rare"""
+
     gamma: float = 0.99
     """discount"""
 
@@ -141,14 +144,14 @@ class LearnerFlags:
 class MemoryFlags:
     """The network and its memory."""
 
-    arch: Literal["s5", "lstm", "gru", "attention", "mlp"] = "s5"
+    arch: Literal["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"] = "s5"
     """the memory"""
 
     encoder_layers: tuple[int, ...] = (128,)
     """hidden widths of the encoder, which ends in one more layer of s5-width"""
 
     s5_layers: int = 1
-    """layers of S5, or of attention"""
+    """layers of S5, or of lru, mingru or attention"""
 
     s5_width: int = 128
     """model width H, also that of the memory which takes S5's place"""
@@ -392,6 +395,10 @@ def make_memory(args: Args, length: int) -> list[nn.Module]:
     """The layers between encoder and heads, all called alike: see part 2 of s5_common.py."""
     if args.arch == "s5":
         return [S5Layer(args) for _ in range(args.s5_layers)]
+    if args.arch == "lru":
+        return [common.LRU(args.s5_width, args.s5_state, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
+    if args.arch == "mingru":
+        return [common.MinGRU(args.s5_width, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
     if args.arch == "attention":
         return [common.Attention(args.s5_width, args.s5_layers, window=length)]
     if args.arch == "mlp":
@@ -548,7 +555,8 @@ def make_setup(args: Args) -> Setup:
     rows = math.ceil(args.num_episodes / (args.num_envs * rounds))
     steps = rows * rounds * math.ceil(task.length / args.num_steps)
     learning_rate = common.linear_decay(args.learning_rate, steps) if args.anneal_lr else args.learning_rate
-    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(learning_rate))
+    adam = optax.adam(learning_rate, eps=args.adam_eps)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
     return Setup(
         args=args,
         task=task,

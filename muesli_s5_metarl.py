@@ -187,7 +187,7 @@ class LearnerFlags:
 class MemoryFlags:
     """The network and its memory."""
 
-    arch: Literal["s5", "lstm", "gru", "mlp"] = "s5"
+    arch: Literal["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"] = "s5"
     """the memory"""
 
     state_std: bool = True
@@ -197,7 +197,7 @@ class MemoryFlags:
     """hidden widths of the encoder, which ends in one more layer of s5-width"""
 
     s5_layers: int = 2
-    """layers of S5"""
+    """layers of S5, or of lru, mingru or attention"""
 
     s5_width: int = 128
     """model width H"""
@@ -1070,6 +1070,12 @@ def make_memory(args: Args, obs_size: int) -> list[nn.Module]:
                 layers.append(FastWeights(args, obs_size))
             layers.append(S5Layer(args))
         return layers
+    if args.arch == "lru":
+        return [common.LRU(args.s5_width, args.s5_state, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
+    if args.arch == "mingru":
+        return [common.MinGRU(args.s5_width, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
+    if args.arch == "attention":
+        return [common.Attention(args.s5_width, args.s5_layers, window=args.decisions)]
     if args.arch == "mlp":
         return [common.Memoryless(args.s5_width)]
     cell = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch]

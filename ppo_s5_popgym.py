@@ -146,7 +146,7 @@ class LearnerFlags:
 class MemoryFlags:
     """The network and its memory."""
 
-    arch: Literal["s5", "s5-noreset", "gru", "attention", "mlp"] = "s5"
+    arch: Literal["s5", "s5-noreset", "lru", "mingru", "lstm", "gru", "attention", "mlp"] = "s5"
     """the memory; s5-noreset leaks its state from one episode into the next: the paper's S5 with
     a dot"""
 
@@ -163,7 +163,7 @@ class MemoryFlags:
     """products of the multiplicative readout"""
 
     s5_layers: int = 2
-    """layers of S5, or of attention"""
+    """layers of S5, or of lru, mingru or attention"""
 
     s5_width: int = 128
     """model width H, also that of the memory which takes S5's place"""
@@ -469,11 +469,15 @@ def make_memory(args: Args) -> list[nn.Module]:
     """The layers between encoder and decoders, all called alike: see part 2 of s5_common.py."""
     if args.arch in ("s5", "s5-noreset"):
         return [S5Layer(args) for _ in range(args.s5_layers)]
+    if args.arch == "lru":
+        return [common.LRU(args.s5_width, args.s5_state, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
+    if args.arch == "mingru":
+        return [common.MinGRU(args.s5_width, args.s5_dt_min, args.s5_dt_max) for _ in range(args.s5_layers)]
     if args.arch == "attention":
         return [common.Attention(args.s5_width, args.s5_layers, args.attention_window)]
-    if args.arch == "gru":
-        return [common.Recurrent(args.s5_width, nn.GRUCell)]
-    return [common.Memoryless(args.s5_width)]
+    if args.arch == "mlp":
+        return [common.Memoryless(args.s5_width)]
+    return [common.Recurrent(args.s5_width, {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}[args.arch])]
 
 
 def dense_layers(widths: Sequence[int], gain: float) -> list:

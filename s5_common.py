@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
+from flax.linen.initializers import normal
 from jax import Array, lax
 from jax.experimental import multihost_utils
 from matplotlib import rc_context
@@ -145,17 +146,18 @@ def _scan_sequential(reverse, Lambda_bar, drive, keep, carry):
     return states
 
 
-def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
-    def compose(a, b):
-        a_transition, a_drive = a
-        b_transition, b_drive = b
-        return b_transition * a_transition, b_transition * a_drive + b_drive
+def _compose(a, b):
+    a_transition, a_drive = a
+    b_transition, b_drive = b
+    return b_transition * a_transition, b_transition * a_drive + b_drive
 
+
+def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
     transition = keep[..., None] * packed_to_complex(Lambda_bar)  # (T, B, P)
     drive = packed_to_complex(drive)  # (T, B, P)
     first = -1 if reverse else 0
     drive = drive.at[first].add(transition[first] * packed_to_complex(carry))
-    _, states = lax.associative_scan(compose, (transition, drive), reverse=reverse)
+    _, states = lax.associative_scan(_compose, (transition, drive), reverse=reverse)
     return complex_to_packed(states)
 
 
@@ -217,6 +219,56 @@ def _recurrence_forward(Lambda_bar, drive, keep, carry):
 linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
+# The same for real states whose transition depends on the input.
+def _gated_sequential(reverse, gate, drive, carry):
+    def step(x, inputs):
+        gate, drive = inputs
+        x = gate * x + drive
+        return x, x
+
+    _, states = lax.scan(step, carry, (gate, drive), reverse=reverse)
+    return states
+
+
+def _gated_parallel(reverse, gate, drive, carry):
+    first = -1 if reverse else 0
+    drive = drive.at[first].add(gate[first] * carry)
+    _, states = lax.associative_scan(_compose, (gate, drive), reverse=reverse)
+    return states
+
+
+def _gated_scan(*operands, reverse=False):
+    sequential = partial(_gated_sequential, reverse)
+    parallel = partial(_gated_parallel, reverse)
+    return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
+
+
+@jax.custom_vjp
+def gated_recurrence(gate: Array, drive: Array, carry: Array) -> Array:
+    """All states of x_t = gate_t x_{t-1} + drive_t, float (T, B, H).
+
+    gate, drive: float (T, B, H); carry: the state before step 0, float (B, H).
+    """
+    return _gated_scan(gate, drive, carry)
+
+
+def _gated_backward(residuals, cotangent):
+    """l_t = g_t + gate_{t+1} l_{t+1},   d drive_t = l_t,   d gate_t = x_{t-1} l_t,   d carry = gate_0 l_0"""
+    gate, carry, states = residuals
+    next_gate = jnp.concatenate([gate[1:], jnp.zeros_like(gate[:1])])
+    adjoint = _gated_scan(next_gate, cotangent, jnp.zeros_like(carry), reverse=True)
+    previous = jnp.concatenate([carry[None], states[:-1]])
+    return previous * adjoint, adjoint, gate[0] * adjoint[0]
+
+
+def _gated_forward(gate, drive, carry):
+    states = _gated_scan(gate, drive, carry)
+    return states, (gate, carry, states)
+
+
+gated_recurrence.defvjp(_gated_forward, _gated_backward)
+
+
 # ---- 2. The memories that S5 is compared with ----------------------------------------------------
 # All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed
 # before it reads.
@@ -275,6 +327,131 @@ class Recurrent(Memory):
     def step(self, kernels: tuple, carry: Any, x: Array, start: Array) -> tuple[Any, Array]:
         keep = (1.0 - start)[:, None]
         return self.cell(jax.tree.map(lambda c: c * keep, carry), x)
+
+
+class GatedOutput(nn.Module):
+    """What follows S5's recurrence, for others: u + (W1 gelu(y)) * sigmoid(W2 gelu(y)).
+
+    u and y (..., H).
+    """
+
+    @nn.compact
+    def __call__(self, u: Array, y: Array) -> Array:
+        width = u.shape[-1]
+        y = nn.gelu(y)
+        return u + nn.Dense(width, name="value")(y) * nn.sigmoid(nn.Dense(width, name="gate")(y))
+
+
+class LRU(nn.Module):
+    """One layer of linear recurrent units (Orvieto et al. 2023), in S5's block.
+
+    lambda = exp(-exp(nu) + i exp(theta)),    gamma = sqrt(1 - |lambda|^2)
+    x_t = (1 - start_t) lambda x_{t-1} + gamma B v_t,    v = norm(u)
+    y_t = Re(C x_t) + D v_t
+
+    |lambda| lies between exp(-dt_max / 2) and exp(-dt_min / 2) at first, uniformly on the ring,
+    as the states of S5 do; the phase within pi / 10, as is advised for long sequences.
+    Parameters as in S5: nu, theta (P,), B (H, 2P), C (2P, H), D (H,). The carry is float (B, 2P).
+    """
+
+    width: int  # H
+    states: int  # P, complex
+    dt_min: float
+    dt_max: float
+
+    def setup(self):
+        H = self.width
+        P = self.states
+
+        def init_nu(key):
+            squared = jax.random.uniform(key, (P,), jnp.float32, math.exp(-self.dt_max), math.exp(-self.dt_min))
+            return jnp.log(-0.5 * jnp.log(squared))
+
+        def init_theta(key):
+            return jnp.log(jax.random.uniform(key, (P,), jnp.float32, 1e-4, math.pi / 10))
+
+        self.nu = self.param("nu", init_nu)
+        self.theta = self.param("theta", init_theta)
+        self.B = self.param("B", normal(math.sqrt(0.5 / H)), (H, 2 * P), jnp.float32)
+        self.C = self.param("C", normal(math.sqrt(1.0 / P)), (2 * P, H), jnp.float32)
+        self.D = self.param("D", normal(1.0), (H,), jnp.float32)
+        self.norm = nn.LayerNorm()
+        self.out = GatedOutput()
+
+    def initial_carry(self, batch: int) -> Array:
+        return jnp.zeros((batch, 2 * self.states), jnp.float32)
+
+    def kernels(self) -> tuple[Array, Array]:
+        """lambda, packed, (2P,), and gamma B (H, 2P)."""
+        size = jnp.exp(-jnp.exp(self.nu))
+        phase = jnp.exp(self.theta)
+        gamma = jnp.sqrt(1 - size**2)
+        Lambda = jnp.concatenate([size * jnp.cos(phase), size * jnp.sin(phase)])
+        return Lambda, self.B * jnp.concatenate([gamma, gamma])
+
+    def output(self, u: Array, v: Array, x: Array) -> Array:
+        return self.out(u, x @ self.C + self.D * v)
+
+    def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        Lambda, B = self.kernels()
+        v = self.norm(u)
+        x = linear_recurrence(Lambda, v @ B, 1.0 - start, carry)
+        return x[-1], self.output(u, v, x)
+
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        Lambda, B = kernels
+        v = self.norm(u)
+        x = recurrence_step(Lambda, carry, v @ B, 1.0 - start)
+        return x, self.output(u, v, x)
+
+
+class MinGRU(nn.Module):
+    """One layer of the minimal GRU (Feng et al. 2024, "Were RNNs All We Needed?"), in S5's block.
+
+    z_t = sigmoid(W_z v_t),    v = norm(u)
+    x_t = (1 - start_t) (1 - z_t) x_{t-1} + z_t W_h v_t
+
+    z does not depend on the state, so that the recurrence is linear. At first z is, but for its
+    input, between dt_min and dt_max, log-uniformly, as are the time steps of S5 (compare Tallec
+    and Ollivier 2018, "Can recurrent neural networks warp time?"). The carry is float (B, H).
+    """
+
+    width: int  # H
+    dt_min: float
+    dt_max: float
+
+    def setup(self):
+        def init_bias(key, shape, dtype):
+            low = math.log(self.dt_min)
+            high = math.log(self.dt_max)
+            z = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+            return jnp.log(z / (1 - z))
+
+        self.update = nn.Dense(self.width, bias_init=init_bias)
+        self.candidate = nn.Dense(self.width)
+        self.norm = nn.LayerNorm()
+        self.out = GatedOutput()
+
+    def initial_carry(self, batch: int) -> Array:
+        return jnp.zeros((batch, self.width), jnp.float32)
+
+    def kernels(self) -> tuple:
+        return ()
+
+    def transition(self, u: Array, start: Array) -> tuple[Array, Array]:
+        """What multiplies the state, and what is added to it, like u (..., H)."""
+        v = self.norm(u)
+        z = nn.sigmoid(self.update(v))
+        return (1.0 - start)[..., None] * (1.0 - z), z * self.candidate(v)
+
+    def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        x = gated_recurrence(*self.transition(u, start), carry)
+        return x[-1], self.out(u, x)
+
+    def step(self, kernels: tuple, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
+        gate, drive = self.transition(u, start)
+        x = gate * carry + drive
+        return x, self.out(u, x)
 
 
 class Attention(Memory):

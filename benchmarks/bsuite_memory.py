@@ -53,7 +53,7 @@ class Args:
     """default, paper"""
 
     archs: tuple[str, ...] = ("s5",)
-    """s5, lstm, gru, attention, mlp"""
+    """s5, lru, mingru, lstm, gru, attention, mlp"""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds, each a run of its own"""

@@ -45,7 +45,7 @@ class Args:
     tasks: str = ""
     """tasks, separated by commas; if empty, the suite's own to train on"""
 
-    archs: tuple[Literal["s5", "lstm", "gru", "mlp"], ...] = ("s5", "lstm")
+    archs: tuple[Literal["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"], ...] = ("s5", "lstm")
     """memories, of equal width"""
 
     preset: Literal["default", "plain", "paper"] = "default"

@@ -34,7 +34,7 @@ import ppo_s5_popgym as ppo
 import s5_common as common
 from benchmarks.timing import machine, print_table, save_json, timed_call, timed_compile
 
-Arch = Literal["s5", "s5-noreset", "gru", "attention", "mlp"]
+Arch = Literal["s5", "s5-noreset", "lru", "mingru", "lstm", "gru", "attention", "mlp"]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import s5_common as common
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ppo_s5_popgym.py"
-ARCHS = ("s5", "s5-noreset", "gru", "attention", "mlp")
-RESETTING = ("s5", "gru", "attention")  # those with a memory that an episode's start empties
+ARCHS = ("s5", "s5-noreset", "lru", "mingru", "lstm", "gru", "attention", "mlp")
+RESETTING = ("s5", "lru", "mingru", "lstm", "gru", "attention")  # those with a memory that an episode's start empties
 QUICK = "--xla_backend_optimization_level=0"  # LLVM's optimiser off: most of a tiny run is compilation
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # the same for one program
 TWO_DEVICES = f"{QUICK} --xla_force_host_platform_device_count=2"

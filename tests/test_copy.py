@@ -11,7 +11,7 @@ import ppo_s5_popgym as ppo
 
 PAGE = (ROOT / "docs" / "copy.md").read_text()
 DIFFS = re.findall(r"^## (.*?)\n.*?^```diff\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-FLAGS = {"Another memory": {"arch": "lstm"}}
+FLAGS = {"Another memory": {"arch": "rnn"}}
 
 
 def changed(diff, folder):

@@ -20,7 +20,7 @@ import a2c_s5_bsuite as a2c
 import ppo_s5_popgym as ppo
 import s5_common as common
 
-A2C_ARCHS = ("s5", "lstm", "gru", "attention", "mlp")
+A2C_ARCHS = ("s5", "lru", "mingru", "lstm", "gru", "attention", "mlp")
 ONE_UPDATE = {"num_envs": 4, "num_steps": 6, "num_minibatches": 2, "update_epochs": 1}
 
 

@@ -349,7 +349,7 @@ def one_update(args):
 
 def presets_with_memories():
     for preset in muesli.PRESETS:
-        for arch in ("s5",) if preset == "plain" else ("s5", "lstm", "gru", "mlp"):
+        for arch in ("s5",) if preset == "plain" else ("s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"):
             quick = arch == "s5" and preset != "plain"
             yield pytest.param(preset, arch, marks=[] if quick else [pytest.mark.slow])
 

@@ -265,7 +265,7 @@ def test_what_fast_weights_find_does_not_depend_on_the_projection():
     assert np.abs(other - plain).max() > 0.01
 
 
-@pytest.mark.parametrize("arch", ["s5", "lstm", "mlp"])
+@pytest.mark.parametrize("arch", ["s5", "lru", "mingru", "lstm", "mlp"])
 def test_all_parameters_are_real(arch):
     network = muesli.Agent(small_args(arch=arch), 2, 5)
     carry = [layer.initial_carry(1) for layer in muesli.make_memory(network.args, 5)]
@@ -363,7 +363,7 @@ def test_the_real_part_of_lambda_stays_negative_and_can_come_back():
 # ---- number types ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["s5", "lstm", "gru", "mlp"])
+@pytest.mark.parametrize("arch", ["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"])
 def test_all_types_are_declared(arch):
     """With 64-bit types allowed, set-up and update have those of 32 bits all the same, and nothing in between is wider
     than what optax computes from its count of gradient steps."""

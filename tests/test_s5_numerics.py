@@ -247,3 +247,111 @@ def test_a_loop_over_time_on_cpu_and_none_on_accelerators(platform, loops, direc
     function = common.linear_recurrence if direction == "forward" else gradient
     lowered = jax.jit(function).trace(*random_problem(0)).lower(lowering_platforms=(platform,))
     assert ("stablehlo.while" in lowered.as_text()) == loops
+
+
+# ---- the recurrence with a transition that depends on the input ------------------------------------------------------
+GATED_FORMS = {
+    "chosen": common.gated_recurrence,
+    "sequential": partial(common._gated_sequential, False),
+    "parallel": partial(common._gated_parallel, False),
+}
+
+
+def gated_problem(seed, T=19, B=3, H=4, dtype=np.float32):
+    """Gates, some of them 0 as where an episode opens, drive and carry."""
+    rng = np.random.default_rng(seed)
+    gate = rng.uniform(0, 1, (T, B, H)) * (rng.random((T, B, 1)) > 0.2)
+    arrays = gate, rng.normal(size=(T, B, H)), rng.normal(size=(B, H))
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def gated_loop(gate, drive, carry):
+    states = []
+    for now_gate, now_drive in zip(gate, drive, strict=True):
+        carry = now_gate * carry + now_drive
+        states.append(carry)
+    return jnp.stack(states)
+
+
+@pytest.mark.parametrize("T", [1, 2, 19])
+@pytest.mark.parametrize("form", GATED_FORMS)
+def test_gated_recurrence_equals_a_plain_loop(form, T):
+    problem = gated_problem(T, T=T)
+    np.testing.assert_allclose(fast_jit(GATED_FORMS[form])(*problem), gated_loop(*problem), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", GATED_FORMS)
+def test_gradients_of_the_gated_recurrence_equal_those_of_a_plain_loop(form):
+    """Autodiff through the loop; for the gates, the drive and the carry."""
+
+    def gradients(function, problem):
+        loss = lambda *p: jnp.sum(jnp.sin(3 * function(*p)))  # noqa: E731
+        return fast_jit(jax.grad(loss, (0, 1, 2)))(*problem)
+
+    with jax.enable_x64(True):
+        problem = gated_problem(0, T=7, dtype=np.float64)
+        for got, expected in zip(gradients(GATED_FORMS[form], problem), gradients(gated_loop, problem), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("platform, loops", [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_the_gated_recurrence_loops_on_cpu_alone(platform, loops):
+    lowered = jax.jit(common.gated_recurrence).trace(*gated_problem(0)).lower(lowering_platforms=(platform,))
+    assert ("stablehlo.while" in lowered.as_text()) == loops
+
+
+# ---- the layers that take S5's place on it ---------------------------------------------------------------------------
+def of_one_layer(layer, T=9, B=2, H=6):
+    """Random parameters, carry, input and starts, and what the layer makes of them."""
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    u = jax.random.normal(keys[0], (T, B, H), jnp.float32)
+    start = jnp.zeros((T, B), jnp.float32).at[4, 1].set(1.0)
+    carry = jax.random.normal(keys[1], layer.initial_carry(B).shape, jnp.float32)
+    params = layer.init(keys[2], carry, u, start, method="scan")
+    _, out = layer.apply(params, carry, u, start, method="scan")
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+    return params, np.asarray(carry, np.float64), np.asarray(u, np.float64), np.asarray(start), np.asarray(out)
+
+
+def dense(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def normalised(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def gated_output(params, u, y):
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    return u + dense(params["value"], y) * sigmoid(dense(params["gate"], y))
+
+
+def test_lru_equals_its_equations_with_complex_numbers():
+    P = 5
+    params, carry, u, start, out = of_one_layer(common.LRU(width=6, states=P, dt_min=0.01, dt_max=0.1))
+    Lambda = np.exp(-np.exp(params["nu"]) + 1j * np.exp(params["theta"]))
+    gamma = np.sqrt(1 - np.abs(Lambda) ** 2)
+    B = params["B"][:, :P] + 1j * params["B"][:, P:]
+    C = params["C"][:P] - 1j * params["C"][P:]
+    x = carry[:, :P] + 1j * carry[:, P:]
+    v = normalised(u)
+    for t in range(len(u)):
+        x = (1 - start[t])[:, None] * Lambda * x + gamma * (v[t] @ B)
+        y = (x @ C).real + params["D"] * v[t]
+        np.testing.assert_allclose(out[t], gated_output(params["out"], u[t], y), atol=2e-5)
+    assert np.all((np.abs(Lambda) > np.exp(-0.05)) & (np.abs(Lambda) < np.exp(-0.005)))
+
+
+def test_mingru_equals_its_equations():
+    params, x, u, start, out = of_one_layer(common.MinGRU(width=6, dt_min=0.01, dt_max=0.1))
+    v = normalised(u)
+    for t in range(len(u)):
+        z = sigmoid(dense(params["update"], v[t]))
+        x = (1 - start[t])[:, None] * (1 - z) * x + z * dense(params["candidate"], v[t])
+        np.testing.assert_allclose(out[t], gated_output(params["out"], u[t], x), atol=2e-5)
+    z = sigmoid(params["update"]["bias"])
+    assert np.all((z > 0.0099) & (z < 0.1001))
