@@ -123,6 +123,9 @@ class LearnerFlags:
     gae_lambda: float = 0.85
     """lambda of generalised advantage estimation"""
 
+    advantage_norm: Literal["rollout", "minibatch"] = "rollout"
+    """advantages are divided by a deviation that knows earlier rollouts, or by their minibatch's"""
+
     trial_discount: float = 1.0
     """discount of what follows a failed trial, of an environment that has trials"""
 
@@ -253,6 +256,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preset": "meta",
         "total_timesteps": 20_000_000,
         "num_steps": 1024,
+        "advantage_norm": "minibatch",
         "gae_lambda": 0.9,
         "trial_discount": 0.5,
         "ent_coef": 0.01,
@@ -269,6 +273,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update_epochs": 30,
         "learning_rate": 5e-5,
         "anneal_lr": False,
+        "advantage_norm": "minibatch",
         "gae_lambda": 1.0,
         "normalize_rewards": False,
         "bootstrap_truncated": False,
@@ -609,6 +614,13 @@ class RewardScale(NamedTuple):
     rollouts: Array  # how many are in it, float ()
 
 
+class AdvantageScale(NamedTuple):
+    """What advantages are at least divided by."""
+
+    mean_variance: Array  # running mean of their variance, float ()
+    rollouts: Array  # how many are in it, float ()
+
+
 class Runner(NamedTuple):
     """All that changes during a run and is in a checkpoint.
 
@@ -619,6 +631,7 @@ class Runner(NamedTuple):
     opt_state: Any
     key: Array  # raw PRNG key: orbax cannot store typed ones
     reward_scale: RewardScale
+    advantage_scale: AdvantageScale
     env_state: Any
     obs: Array  # (B, O + A + 1), what the agent reads next
     start: Array  # (B,), 1 where obs opens an episode
@@ -702,7 +715,8 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
     ratio = jnp.exp(log_ratio)
 
     # policy
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    if args.advantage_norm == "minibatch":
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - eps, 1 + eps)
     policy_loss = -jnp.minimum(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -821,6 +835,7 @@ def init_runner(setup: Setup, key: Array) -> Runner:
         opt_state=setup.optimizer.init(params),
         key=key,
         reward_scale=RewardScale(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
+        advantage_scale=AdvantageScale(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
         env_state=env_state,
         obs=obs,
         start=start,
@@ -905,6 +920,25 @@ def scale_rewards(args: Args, scale: RewardScale, rollout: Rollout) -> tuple[Arr
     return rollout.reward / jnp.sqrt(mean_square + 1e-8), RewardScale(later, rollouts)
 
 
+def scale_advantages(args: Args, scale: AdvantageScale, advantages: Array) -> tuple[Array, AdvantageScale]:
+    """Advantages of a rollout (T, B) for the loss, and the next scale.
+
+    They are centred, then divided by their deviation or by that of all rollouts so far, whichever
+    is larger. The mean begins to forget after 100 rollouts.
+    Deviation: the paper's code divides by the deviation of the minibatch alone. Where nothing is at
+    stake, in a solved task or in environments that all miss the goal, the errors of the value are
+    then made as large as a real difference, and what was learnt is lost.
+    """
+    if args.advantage_norm == "minibatch":
+        return advantages, scale
+    now = jnp.var(advantages)
+    weight = jnp.maximum(1.0 / (scale.rollouts + 1.0), 0.01)
+    mean_variance = scale.mean_variance + weight * (now - scale.mean_variance)
+    deviation = jnp.sqrt(jnp.maximum(now, mean_variance))
+    later = AdvantageScale(mean_variance, scale.rollouts + 1.0)
+    return (advantages - advantages.mean()) / (deviation + 1e-8), later
+
+
 def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     """One rollout, then epochs of minibatches that permute environments, never time."""
     args = setup.args
@@ -912,6 +946,7 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     runner, rollout, last_value = collect_rollout(setup, runner)
     reward, reward_scale = scale_rewards(args, runner.reward_scale, rollout)
     advantages, returns = compute_gae(args, rollout, reward, last_value)
+    advantages, advantage_scale = scale_advantages(args, runner.advantage_scale, advantages)
     data = (rollout, advantages, returns)
 
     def minibatch_update(learner, environments):
@@ -936,7 +971,13 @@ def update(setup: Setup, runner: Runner) -> tuple[Runner, dict[str, Any]]:
     epoch_keys = jax.random.split(epochs_key, args.update_epochs)
     learner = (runner.params, runner.opt_state)
     (params, opt_state), metrics = lax.scan(epoch, learner, epoch_keys)
-    runner = runner._replace(params=params, opt_state=opt_state, key=key, reward_scale=reward_scale)
+    runner = runner._replace(
+        params=params,
+        opt_state=opt_state,
+        key=key,
+        reward_scale=reward_scale,
+        advantage_scale=advantage_scale,
+    )
 
     ratio_error = metrics.pop("ratio_error")  # (epochs, minibatches)
     ended = rollout.terminated | rollout.truncated
@@ -966,6 +1007,7 @@ def placement(setup: Setup) -> Runner:
         opt_state=everywhere,
         key=everywhere,
         reward_scale=everywhere,
+        advantage_scale=everywhere,
         env_state=over_envs,
         obs=over_envs,
         start=over_envs,

@@ -190,6 +190,7 @@ def loss(cartpole):
     """The loss of the fixture's rollout for some environments in some order, with parameters a little further on."""
     setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
     advantages, returns = ppo.compute_gae(setup.args, rollout, rollout.reward, cartpole.last_value)
+    advantages, _ = ppo.scale_advantages(setup.args, runner.advantage_scale, advantages)
     keys = iter(jax.random.split(jax.random.PRNGKey(5), 100))
     params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), runner.params)
     gradient = fast_jit(jax.value_and_grad(lambda p, *data: ppo.ppo_loss(p, setup, *data), has_aux=True))
@@ -285,6 +286,38 @@ def test_reward_scale_is_frozen_for_a_rollout_and_is_the_mean_of_those_before():
     assert new == pytest.approx(0.95 * old + 0.05, rel=1e-4)
     raw, same = ppo.scale_rewards(tiny_args(normalize_rewards=False), scale, rollout)
     assert raw is rollout.reward and same is scale
+
+
+def test_advantages_are_divided_by_no_less_than_what_earlier_rollouts_had():
+    """A rollout as before comes out with deviation 1; one a hundred times smaller stays nearly that small."""
+    rng = np.random.default_rng(0)
+    scale = ppo.AdvantageScale(jnp.zeros(()), jnp.zeros(()))
+    variances = []
+    for size in (1.0, 3.0, 0.01):
+        advantages = 5.0 + size * rng.normal(size=(16, 4))
+        variances.append(advantages.var())
+        scaled, scale = ppo.scale_advantages(tiny_args(), scale, jnp.asarray(advantages, jnp.float32))
+        divisor = math.sqrt(max(variances[-1], np.mean(variances)))
+        np.testing.assert_allclose(scaled, (advantages - advantages.mean()) / divisor, rtol=1e-3, atol=1e-4)
+    same, unchanged = ppo.scale_advantages(tiny_args(advantage_norm="minibatch"), scale, scaled)
+    assert same is scaled and unchanged is scale
+
+
+@pytest.mark.parametrize(("norm", "factor"), [("minibatch", 1.0), ("rollout", 10.0)])
+def test_the_loss_takes_advantages_as_they_are_unless_a_minibatch_is_the_norm(cartpole, loss, norm, factor):
+    """Ten times larger, they weigh as much as before in a minibatch's own deviation, and else ten times as much."""
+    setup, runner, rollout = cartpole.setup, cartpole.runner, cartpole.rollout
+    setup = setup._replace(args=tiny_args(advantage_norm=norm))
+
+    @fast_jit
+    def policy_loss(advantages):
+        _, metrics = ppo.ppo_loss(loss.params, setup, runner.carry, rollout, advantages, loss.returns)
+        return metrics["policy_loss"]
+
+    small = float(policy_loss(loss.advantages))
+    large = float(policy_loss(10 * loss.advantages))
+    assert abs(small) > 1e-3
+    assert large == pytest.approx(factor * small, rel=1e-3)
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------
