@@ -1,12 +1,17 @@
 """Every memory, through the whole actor-critic: the two ways through it agree, and it sees what it may and no more."""
 
+import sys
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ARCHS, RESETTING, Net, cached_net, fast_jit, random_sequence
+from conftest import ARCHS, RESETTING, Net, as_flags, cached_net, fast_jit, random_sequence
+
+import popgym_jax
+from benchmarks import memories
+from benchmarks.collect import read_rows
 
 T, B = 24, 6
 
@@ -187,3 +192,28 @@ def test_s5_is_initialised_as_the_paper_says():
         elif name.endswith("['log_step']"):
             assert np.all((leaf >= np.log(0.001)) & (leaf <= np.log(0.1)))
             assert abs(leaf.mean() - np.log(0.01)) < 5 * np.log(100) / np.sqrt(12 * 64)
+
+
+# ---- the table of all memories ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_table_counts_what_each_memory_has_and_repeats_no_finished_run(tmp_path, monkeypatch):
+    """RepeatPreviousHard has 6 features of input and 4 actions; the numbers are those of layers written out."""
+    widths = {"encoder_layers": (16,), "decoder_layers": (16,), "s5_layers": 1, "s5_width": 16, "s5_state": 8}
+    sizes = {"num_envs": 4, "num_steps": 1024, "num_minibatches": 2, "total_timesteps": 8192}
+    command = ["memories", "--tasks", "RepeatHard", "--archs", "mlp", "mingru", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--", *as_flags(**widths, **sizes)])
+    memories.main()
+    written = [path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.csv")]
+    memories.main()
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.csv")] == written and len(written) == 2
+    rows = {row["arch"]: row for row in read_rows(tmp_path / "memories.csv")}
+    assert len(rows) == 2
+
+    dense = lambda inputs, outputs: inputs * outputs + outputs  # noqa: E731
+    obs = popgym_jax.make("RepeatHard")[0].observation_space(None).shape[0]
+    rest = dense(obs + 4 + 1, 16) + dense(16, 16) + 2 * dense(16, 16) + dense(16, 4) + dense(16, 1)
+    assert int(rows["mlp"]["parameters"]) == rest + dense(16, 16)
+    assert int(rows["mingru"]["parameters"]) == rest + 4 * dense(16, 16) + 2 * 16
+    assert int(rows["mlp"]["memory_floats"]) == 0 and int(rows["mingru"]["memory_floats"]) == 16
