@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from popgym_jax.random_projection import RandomProjection
 from popgym_jax.registration import UnknownEnvironmentError, make, meta_envs, registered_envs
+from popgym_jax.trials import Trials
 from popgym_jax.wrappers import EpisodeStatistics, PreviousActionAndStart
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __all__ = [
     "EpisodeStatistics",
     "PreviousActionAndStart",
     "RandomProjection",
+    "Trials",
     "UnknownEnvironmentError",
     "make",
     "meta_envs",

@@ -91,11 +91,13 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
             "final_observation": obs,
         }
         done = terminated | truncated
-        obs, state = self._reset_where(done, key, params, (obs, state))
+        obs, state = self._reset_where(self._fresh, done, key, params, (obs, state))
         return obs, state, reward, terminated, truncated, info
 
-    def _reset_where(self, done: jax.Array, key: jax.Array, params: Any, current: Any) -> Any:
-        """Observation and state, replaced by fresh ones where `done`.
+    def _reset_where(
+        self, fresh: Any, done: jax.Array, key: jax.Array, params: Any, current: Any
+    ) -> Any:
+        """Observation and state, replaced by `fresh(key, params)` where `done`.
 
         vmap has its own rule, which skips the reset where no episode ends, and so
         has differentiation, which cannot look into a function with a rule for vmap.
@@ -103,7 +105,7 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
 
         @jax.custom_batching.custom_vmap
         def choose(done, key, params, current):
-            return jax.lax.cond(done, lambda: self._fresh(key, params), lambda: current)
+            return jax.lax.cond(done, lambda: fresh(key, params), lambda: current)
 
         @choose.def_vmap
         def batched(size, is_batched, done, key, params, current):
@@ -117,7 +119,7 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
             current = jax.tree.map(stacked, current, current_batched)
             axes = jax.tree.map(lambda batched: 0 if batched else None, params_batched)
             reset = _reset_chunks if self.costly_reset and size > CHUNK else _reset_all
-            current = reset(self._fresh, done, key, current, params, axes)
+            current = reset(fresh, done, key, current, params, axes)
             return current, jax.tree.map(lambda _: True, current)
 
         @jax.custom_jvp

@@ -1,47 +1,17 @@
 """CartPole as a task to be learnt in context: several trials under one random projection."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
-from gymnax.environments import spaces
 
-from popgym_jax import cartpole, environment, prng
-from popgym_jax.random_projection import ProjectionState, RandomProjection
+from popgym_jax import cartpole, environment
+from popgym_jax.random_projection import RandomProjection
+from popgym_jax.trials import Trials, TrialsState
 
 PROJECTED = 4  # features of a projected observation, as in the paper's code
 MAX_STEPS_IN_TRIAL = 200
 
 
-@struct.dataclass
-class EnvState(environment.EnvState):
-    """time: steps taken in this meta-episode, int32 ()
-    trial: trials that have ended, int32 ()
-    play: the running trial and the projections of the meta-episode
-    first: the state in which the first trial began, or None if each begins in its
-        own
-    """
-
-    trial: jax.Array
-    play: ProjectionState
-    first: Any
-
-
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: the longest possible meta-episode, num_trials x steps of
-        a trial; the environment itself does not read it
-    num_trials: trials of a meta-episode
-    trial: parameters of CartPole
-    """
-
-    num_trials: int = 16
-    trial: Any = cartpole.EnvParams()
-
-
-class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
+class MetaStatelessCartPole(Trials):
     """Find out, over several trials, how to balance a pole seen and pushed through random maps.
 
     The randomly-projected CartPole of Lu et al. 2023, section 4.3: a meta-episode
@@ -77,9 +47,7 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
     Unlike the paper's code, actions are projected too, as the paper says.
     """
 
-    costly_reset = True
-    obs_requires_prev_action = True
-    trial_features = 2  # the last ones of an observation: flag and reward
+    reward_range = (0.0, 1.0)
 
     def __init__(
         self,
@@ -88,76 +56,19 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
         fresh: bool = True,
         name: str | None = None,
     ):
-        if num_trials < 1:
-            raise ValueError(f"num_trials must be at least 1, got {num_trials}")
         if max_trial_length < 1:
             raise ValueError(f"max_trial_length must be at least 1, got {max_trial_length}")
-        self.num_trials = num_trials
         self.max_trial_length = max_trial_length
-        self.fresh = fresh
-        self.env = RandomProjection(self.make_task(), PROJECTED)
-        super().__init__(name)
+        super().__init__(RandomProjection(self.make_task(), PROJECTED), num_trials, fresh=fresh)
+        self.costly_reset = True  # it draws an orthogonal matrix
+        self.obs_requires_prev_action = True
+        self._name = name or type(self).__name__
 
     def make_task(self) -> environment.Environment:
         """What is played in a trial, without projection."""
         return cartpole.PositionOnlyCartPole(self.max_trial_length)
 
-    @property
-    def default_params(self) -> EnvParams:
-        return EnvParams(
-            max_steps_in_episode=self.num_trials * self.max_trial_length,
-            num_trials=self.num_trials,
-            trial=self.env.default_params,
-        )
-
-    def reset_env(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
-        """New projections and the first trial: observation float32 (6,) and state."""
-        obs, play = self.env.reset_env(key, params.trial)
-        zero = jnp.zeros((), jnp.int32)
-        state = EnvState(
-            time=zero,
-            trial=zero,
-            play=play,
-            first=None if self.fresh else play.env_state,
-        )
-        flag_and_reward = jnp.zeros(2, jnp.float32)
-        return jnp.concatenate([obs, flag_and_reward]), state
-
-    def step_env(
-        self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
-    ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
-        """A step of the trial, and the next trial where it ends.
-
-        Returns observation (6,), state, reward, terminated and info with
-
-        trial_ended: the next trial has begun, bool ()
-        trial_failed: by a fall, before the old one had its full length, bool ()
-        """
-        key_step, key_start = prng.split(key, 2)
-        played = self.env.step_env(key_step, state.play, action, params.trial)
-        obs, play, reward, fallen, _ = played
-        full_length = self.env.is_truncated(play, params.trial)
-        ended = fallen | full_length
-        info = {
-            "trial_ended": ended,
-            "trial_failed": fallen & ~full_length,
-        }
-
-        def next_where_ended(new, old):
-            return jnp.where(ended, new, old)
-
-        begun = self._next_trial(key_start, state, params)
-        obs, play = jax.tree.map(next_where_ended, begun, (obs, play))
-        state = state.replace(
-            time=state.time + 1,
-            trial=state.trial + ended,
-            play=play,
-        )
-        flag_and_reward = jnp.stack([ended.astype(jnp.float32), reward])
-        obs = jnp.concatenate([obs, flag_and_reward])
-        return obs, state, reward, self.is_terminated(state, params), info
-
-    def identifiable(self, state: EnvState) -> jax.Array:
+    def identifiable(self, state: TrialsState) -> jax.Array:
         """What an agent can find out of the projections: sign(M_a) M_o, float32 (8,).
 
         CartPole looks the same in a mirror, (x, theta, push) -> -(x, theta, push),
@@ -171,32 +82,6 @@ class MetaStatelessCartPole(environment.Environment[EnvState, EnvParams]):
         swapped = state.play.M_a[0].astype(jnp.float32)  # 1 or 0
         sign = 2.0 * swapped - 1.0
         return sign * state.play.M_o.ravel()
-
-    def _next_trial(
-        self, key: jax.Array, state: EnvState, params: EnvParams
-    ) -> tuple[jax.Array, ProjectionState]:
-        """Projected observation (4,) and the state of a trial that begins."""
-        if self.fresh:
-            return self.env.restart(key, state.play, params.trial)
-        play = state.play.replace(time=jnp.zeros((), jnp.int32), env_state=state.first)
-        return self.env.observe(key, play, None, params.trial), play
-
-    def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """All trials have been played, bool ()."""
-        return state.trial >= params.num_trials
-
-    def is_truncated(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """Never, bool ()."""
-        return jnp.zeros((), bool)
-
-    def action_space(self, params: EnvParams) -> spaces.Discrete:
-        return self.env.action_space(params.trial)
-
-    def observation_space(self, params: EnvParams) -> spaces.Box:
-        projected = self.env.observation_space(params.trial)
-        high = np.append(np.full(PROJECTED, projected.high), [1.0, 1.0]).astype(np.float32)
-        low = np.append(-high[:PROJECTED], [0.0, 0.0]).astype(np.float32)
-        return spaces.Box(low, high, (PROJECTED + 2,))
 
 
 class MetaNoisyStatelessCartPole(MetaStatelessCartPole):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gymnax.environments import spaces
+from gymnax.environments.environment import Environment as GymnaxEnvironment
 
 from popgym_jax import environment, prng
-from popgym_jax.wrappers import Wrapper
+from popgym_jax.trials import Trials
+from popgym_jax.wrappers import Wrapper, restart
 
 
 @struct.dataclass
@@ -55,8 +57,10 @@ class RandomProjection(Wrapper):
         its sign, by a fair coin.
     """
 
-    def __init__(self, env: environment.Environment, observation_size: int | None = None):
+    def __init__(self, env: GymnaxEnvironment, observation_size: int | None = None):
         super().__init__(env)
+        if isinstance(env, Trials):
+            raise ValueError("RandomProjection goes inside of Trials, whose flag it would mix in")
         params = env.default_params
         seen = env.observation_space(params)
         if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
@@ -86,7 +90,8 @@ class RandomProjection(Wrapper):
             M_a = jnp.argsort(prng.bits(key_actions, A)).astype(jnp.int32)
         else:
             M_a = math.sqrt(A) * random_orthogonal(key_actions, A, A)
-        return self._begin(key_env, M_o, M_a, params)
+        obs, env_state = self.env.reset_env(key_env, params)
+        return self._begin(obs, env_state, M_o, M_a)
 
     def _gain(self, size: int) -> float:
         """g, for `size` = O features of `env`."""
@@ -96,13 +101,13 @@ class RandomProjection(Wrapper):
         self, key: jax.Array, state: ProjectionState, params: Any
     ) -> tuple[jax.Array, ProjectionState]:
         """A fresh episode under the projections of `state`: observation (O',) and state."""
-        return self._begin(key, state.M_o, state.M_a, params)
+        obs, env_state = restart(self.env, key, state.env_state, params)
+        return self._begin(obs, env_state, state.M_o, state.M_a)
 
     def _begin(
-        self, key: jax.Array, M_o: jax.Array, M_a: jax.Array, params: Any
+        self, obs: jax.Array, env_state: Any, M_o: jax.Array, M_a: jax.Array
     ) -> tuple[jax.Array, ProjectionState]:
         """A fresh episode under these projections: observation (O',) and state."""
-        obs, env_state = self.env.reset_env(key, params)
         state = ProjectionState(
             time=jnp.zeros((), jnp.int32),
             env_state=env_state,
@@ -126,14 +131,14 @@ class RandomProjection(Wrapper):
         space = self.env.action_space(params)
         if isinstance(space, spaces.Discrete):
             return state.M_a[action]
-        low = np.broadcast_to(np.float32(space.low), space.shape)
-        high = np.broadcast_to(np.float32(space.high), space.shape)
+        low = jnp.broadcast_to(jnp.asarray(space.low, jnp.float32), space.shape)
+        high = jnp.broadcast_to(jnp.asarray(space.high, jnp.float32), space.shape)
         centre = (low + high) / 2
         half = (high - low) / 2
         agent_action = jnp.asarray(action, jnp.float32).reshape(space.shape)
         scaled = (agent_action - centre) / half
         projected = jnp.clip(project(state.M_a, scaled.ravel()), -1.0, 1.0)
-        return jnp.asarray(centre) + half * projected.reshape(space.shape)
+        return centre + half * projected.reshape(space.shape)
 
     def observe(
         self, key: jax.Array, state: ProjectionState, action: Any | None, params: Any
@@ -153,7 +158,8 @@ class RandomProjection(Wrapper):
         seen = self.env.observation_space(params)
         largest = np.maximum(np.abs(seen.low), np.abs(seen.high)) * np.ones(seen.shape)
         longest = np.sqrt(np.sum(largest**2))
-        bound = np.float32(self._gain(seen.shape[0]) * longest)
+        with np.errstate(over="ignore"):  # gymnax writes the largest float32 for "no bound"
+            bound = np.float32(self._gain(seen.shape[0]) * longest)
         return spaces.Box(-bound, bound, (self.observation_size,))
 
 

@@ -9,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gymnax.environments import spaces
+from gymnax.environments.environment import Environment as GymnaxEnvironment
 
 from popgym_jax import environment
 
 
 class Wrapper(environment.Environment[Any, Any]):
-    """An environment around another one, `env`, whose name, parameters and rules it keeps."""
+    """An environment around another one, `env`, whose name, parameters and rules it keeps.
 
-    def __init__(self, env: environment.Environment):
+    env: of this package, or any other with gymnax's 1.x interface
+    """
+
+    def __init__(self, env: GymnaxEnvironment):
         if isinstance(env, EpisodeStatistics):
             raise ValueError("EpisodeStatistics must be the outermost wrapper")
         self.env = env
-        self.costly_reset = env.costly_reset
-        self.obs_requires_prev_action = env.obs_requires_prev_action
+        self.costly_reset = getattr(env, "costly_reset", False)
+        self.obs_requires_prev_action = getattr(env, "obs_requires_prev_action", False)
         super().__init__(env.name)
 
     @property
@@ -39,6 +43,15 @@ class Wrapper(environment.Environment[Any, Any]):
 
     def observation_space(self, params: Any) -> Any:
         return self.env.observation_space(params)
+
+
+def restart(
+    env: GymnaxEnvironment, key: jax.Array, state: Any, params: Any
+) -> tuple[jax.Array, Any]:
+    """A fresh episode of `env`, in which what a RandomProjection had drawn stays as in `state`."""
+    if isinstance(env, Wrapper) and hasattr(env, "restart"):
+        return env.restart(key, state, params)
+    return env.reset_env(key, params)
 
 
 class PreviousActionAndStart(Wrapper):
@@ -59,6 +72,11 @@ class PreviousActionAndStart(Wrapper):
     def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
         """Observation float32 (O + A + 1,) and the state of `env`."""
         obs, state = self.env.reset_env(key, params)
+        return self._extended(obs, None, params), state
+
+    def restart(self, key: jax.Array, state: Any, params: Any) -> tuple[jax.Array, Any]:
+        """As `reset_env`, under the projections of `state`."""
+        obs, state = restart(self.env, key, state, params)
         return self._extended(obs, None, params), state
 
     def step_env(
