@@ -15,12 +15,10 @@ README.md.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -747,42 +745,24 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
 
 
 # ---- 6. Rollout and update -----------------------------------------------------------------------
-def own_environment(name: str) -> tuple[Any, Any]:
-    """What PACKAGE.MODULE:FACTORY returns: an environment with gymnax's 1.x interface, its parameters.
-
-    The module is looked for in the working directory, too. Raises UsageError.
-    """
-    module_name, factory_name = name.split(":", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        factory = getattr(import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise common.UsageError(f"--env {name}: {error}") from None
-    made = factory() if callable(factory) else factory
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise common.UsageError(f"--env {name}: must be a function that returns an environment and its parameters")
-    env, env_params = made
-    missing = [method for method in ("reset_env", "step", "action_space", "name") if not hasattr(env, method)]
-    if missing:
-        raise common.UsageError(f"--env {name}: the environment has no {', '.join(missing)}")
-    obs, _ = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
-    if getattr(obs, "ndim", 0) != 1 or obs.dtype != jnp.float32:
-        raise common.UsageError(f"--env {name}: observations must be float32 vectors, not {obs}")
-    return env, env_params
-
-
 def make_setup(args: Args) -> Setup:
     """Environment, network, optimiser and devices for these flags. Raises UsageError."""
     try:
-        env, env_params = own_environment(args.env) if ":" in args.env else popgym_jax.make(args.env)
+        if ":" in args.env:
+            env, env_params = common.own_environment("env", args.env, uses="step")
+        else:
+            env, env_params = popgym_jax.make(args.env)
     except popgym_jax.UnknownEnvironmentError as error:
         raise common.UsageError(f"--env {args.env}: {error}") from None
     has_trials = hasattr(env_params, "num_trials")
     if args.eval_trials and not has_trials:
         raise common.UsageError(f"--eval-trials {args.eval_trials}: must be 0, as {env.name} has no trials")
     if args.eval and args.eval_trials:
-        env, env_params = popgym_jax.make(args.env, num_trials=args.eval_trials)
+        try:
+            env_params = replace(env_params, num_trials=args.eval_trials)
+        except (TypeError, ValueError) as error:
+            what = f"the parameters of {env.name} cannot be replaced ({error})"
+            raise common.UsageError(f"--eval-trials {args.eval_trials}: {what}") from None
     if args.trial_discount < 1 and not has_trials:
         flag = f"--trial-discount {args.trial_discount}"
         raise common.UsageError(f"{flag}: must be 1, as {env.name} has no trials")
@@ -795,6 +775,8 @@ def make_setup(args: Args) -> Setup:
     discrete = isinstance(space, spaces.Discrete)
     num_actions = space.n if discrete else math.prod(space.shape)
     obs, state = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
+    if has_trials and not hasattr(state, "trial"):
+        raise common.UsageError(f"--env {args.env}: its parameters have num_trials, but its state has no trial")
     change = jax.eval_shape(partial(sensed, env), obs)
     seen = obs.size + change.size if args.obs_change else obs.size
     network = ActorCritic(

@@ -686,6 +686,34 @@ def check_new_directory(path: Path) -> None:
         raise UsageError(f"--run-dir {path}: {parent} is not writable; choose another")
 
 
+def own_environment(flag: str, name: str, uses: str) -> tuple[Any, Any]:
+    """What PACKAGE.MODULE:FACTORY returns: an environment with gymnax's 1.x interface, its parameters.
+
+    The module is looked for in the working directory, too. Raises UsageError.
+
+    flag: which names it; uses: the method that steps it, step or step_env
+    """
+    flag = f"--{flag} {name}"
+    module_name, factory_name = name.split(":", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        factory = getattr(import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{flag}: {error}") from None
+    made = factory() if callable(factory) else factory
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise UsageError(f"{flag}: must be a function that returns an environment and its parameters")
+    env, env_params = made
+    missing = [method for method in ("reset_env", uses, "action_space", "name") if not hasattr(env, method)]
+    if missing:
+        raise UsageError(f"{flag}: the environment has no {', '.join(missing)}")
+    obs, _ = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)
+    if getattr(obs, "ndim", 0) != 1 or obs.dtype != jnp.float32:
+        raise UsageError(f"{flag}: observations must be float32 vectors, not {obs}")
+    return env, env_params
+
+
 # ---- 4. Compilation and placement ----------------------------------------------------------------
 def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callable:
     """``jax.jit(function, **options)``, compiled for these arguments.
