@@ -81,11 +81,12 @@ class RunFlags:
 class EnvironmentFlags:
     """The environments: tasks and their projections."""
 
-    suite: Literal["dmc", "brax", "gymnax"] = "dmc"
-    """where the tasks are from, see --list-envs"""
+    suite: Literal["dmc", "brax", "gymnax", "own"] = "dmc"
+    """where the tasks are from, see --list-envs; own: from functions of yours"""
 
     tasks: str = ""
-    """tasks to train on, separated by commas; if empty, the suite's own"""
+    """tasks to train on, separated by commas; if empty, the suite's own. With --suite own each is
+    PACKAGE.MODULE:FACTORY, see examples/"""
 
     eval_tasks: str = ""
     """held-out tasks, evaluated but never trained on; if empty, the suite's own"""
@@ -401,6 +402,7 @@ SUITES: dict[str, Suite] = {
         train=("Pendulum-v1",),
         held_out=("MountainCarContinuous-v0",),
     ),
+    "own": Suite(train=(), held_out=()),
 }
 
 
@@ -414,8 +416,8 @@ class Task(NamedTuple):
     name: str
     obs_size: int
     action_size: int
-    low: float
-    high: float
+    low: float | np.ndarray  # or of each dimension
+    high: float | np.ndarray
     ends: bool  # may terminate before the meta-episode is over
     reset: Callable  # key -> obs, state
     step: Callable  # key, state, action -> obs, state, reward, terminated
@@ -424,8 +426,10 @@ class Task(NamedTuple):
 def environments(args: Args) -> dict[str, Callable]:
     """What makes each environment of --suite, by name.
 
-    A package is imported when it is first asked for, as that takes seconds.
+    A package is imported when it is first asked for, as that takes seconds. Raises UsageError.
     """
+    if args.suite == "own":
+        raise common.UsageError("--suite own: has no list; --tasks PACKAGE.MODULE:FACTORY")
     if args.suite == "gymnax":
         import gymnax
 
@@ -452,6 +456,10 @@ def environments(args: Args) -> dict[str, Callable]:
 
 def task_maker(args: Args, name: str, flag: str) -> Callable:
     """What makes the task of --suite that --FLAG names. Raises UsageError."""
+    if args.suite == "own":
+        if ":" not in name:
+            raise common.UsageError(f"--{flag} {name}: must be PACKAGE.MODULE:FACTORY with --suite own")
+        return partial(common.own_environment, flag, name, uses="step_env")
     if args.suite == "dmc":
         import control_jax
 
@@ -481,22 +489,27 @@ def in_32_bits(function: Callable) -> Callable:
 
 
 def gymnax_task(name: str, env: Any, params: Any, ends: bool) -> Task:
-    """A task of an environment with gymnax's interface. ends: whether it may terminate."""
+    """A task of an environment with gymnax's interface, with continuous actions.
+
+    ends: whether it may terminate. Its time limit is that of the meta-episode.
+    """
     actions = env.action_space(params)
 
     def reset(key):
         return env.reset_env(key, params)
 
     def step(key, state, action):
+        action = action.reshape(actions.shape)
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
         return obs, state, jnp.squeeze(reward).astype(jnp.float32), jnp.squeeze(terminated)
 
+    obs, _ = jax.eval_shape(in_32_bits(reset), jax.random.PRNGKey(0))
     return Task(
         name=name,
-        obs_size=env.observation_space(params).shape[0],
+        obs_size=obs.size,
         action_size=math.prod(actions.shape),
-        low=float(np.min(actions.low)),
-        high=float(np.max(actions.high)),
+        low=np.broadcast_to(np.float32(actions.low), actions.shape).ravel(),
+        high=np.broadcast_to(np.float32(actions.high), actions.shape).ravel(),
         ends=ends,
         reset=in_32_bits(reset),
         step=in_32_bits(step),
@@ -575,6 +588,14 @@ def scaled_task(task: Task) -> Task:
     return task._replace(reset=scaled_reset, step=scaled_step)
 
 
+def check_actions(flag: str, name: str, actions: Any) -> None:
+    """UsageError unless actions are real numbers within bounds."""
+    if not hasattr(actions, "low"):
+        raise common.UsageError(f"--{flag} {name}: actions must be continuous, not {actions}")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+        raise common.UsageError(f"--{flag} {name}: actions must have bounds, not {actions}")
+
+
 def make_task(args: Args, name: str, flag: str) -> Task:
     """The task of --suite that --FLAG names, without the wrappers of its package.
 
@@ -585,7 +606,10 @@ def make_task(args: Args, name: str, flag: str) -> Task:
         made = make()
     if isinstance(made, tuple):
         env, params = made
-        task = gymnax_task(name, env, params, ends=name == "MountainCarContinuous-v0")
+        own = args.suite == "own"
+        check_actions(flag, name, env.action_space(params))
+        ends = own or name == "MountainCarContinuous-v0"
+        task = gymnax_task(env.name if own else name, env, params, ends)
     else:
         task = mujoco_task(name, made, ends=args.suite == "brax")
     return scaled_task(task) if args.scale_obs else task
@@ -600,6 +624,8 @@ def task_names(args: Args) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the tasks to train on and of those held out. Raises UsageError."""
     suite = SUITES[args.suite]
     train = names_in(args.tasks) or suite.train
+    if not train:
+        raise common.UsageError("--suite own: needs --tasks PACKAGE.MODULE:FACTORY")
     others = tuple(name for name in suite.held_out if name not in train)
     held_out = names_in(args.eval_tasks) or others
     both = sorted(set(train) & set(held_out))
@@ -1742,6 +1768,11 @@ def make_evaluation(setup: Setup) -> list[TaskEvaluation]:
     if too_large and jax.process_index() == 0:
         names = ", ".join(too_large)
         common.warn(f"left out of the held-out tasks without --projection: {names}, {most}")
+
+    called = [task.name for task, _ in tasks]
+    for name in called:
+        if called.count(name) > 1:  # tables tell tasks apart by it
+            raise common.UsageError(f"--suite {args.suite}: two tasks have the name {name}")
 
     key = jax.random.PRNGKey(2303_03982)  # the same meta-episodes at all times
     found = []

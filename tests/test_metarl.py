@@ -36,7 +36,8 @@ def run_script(*flags, cwd, **variables):
 @pytest.fixture(scope="module", params=[0.0, 2.0], ids=["plain", "obs-change"])
 def story(request):
     """Two tasks, four slots each, seen over five rollouts of ten steps: worlds after each step, actions, rewards."""
-    tasks = {"walk": walk_task("walk"), "other": walk_task("other", ends=False, low=-1.0, high=1.0)}
+    walk = walk_task("walk", low=np.float32([-2, -1]), high=np.float32([1, 1.5]))
+    tasks = {"walk": walk, "other": walk_task("other", ends=False, low=-1.0, high=1.0)}
     with pytest.MonkeyPatch.context() as monkeypatch:
         setup = toy_setup(monkeypatch, tasks=tasks, action_size=3, obs_size=5, obs_change=request.param)
     world = first_runner(setup).world
@@ -65,7 +66,7 @@ def test_meta_episodes_are_those_of_a_plain_loop(story):
         action, reward, terminated = event
         for slot in range(8):
             task, i = divmod(slot, 4)
-            low, high = [(-2.0, 1.0), (-1.0, 1.0)][task]
+            low, high = setup.tasks[task].low, setup.tasks[task].high
             M_o, M_a = (matrix[i] for matrix in before.matrices[task])
             place, steps = (x[i] for x in before.env_state[task])
             native = np.clip((low + high) / 2 + (high - low) / 2 * (M_a @ action[slot]), low, high)
@@ -448,6 +449,89 @@ def test_a_tiny_run_of_each_suite(suite, tasks, held_out, tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["script"] == "muesli_s5_metarl" and summary["env_steps"] == 160
     assert {path.name for path in run.iterdir()} >= {"evaluation.png", "learning_curve.png", "args.json"}
+
+
+OWN_TASKS = """
+import gymnax, jax.numpy as jnp
+from gymnax.environments import spaces
+from gymnax.environments.classic_control.pendulum import Pendulum
+
+class Two(Pendulum):  # shows the two actions that it gets
+    name = "Two"
+    actions = spaces.Box(jnp.array([[-1.0, 0.0]]), jnp.array([[3.0, 10.0]]), (1, 2))
+
+    def step_env(self, key, state, action, params):
+        _, state, *others = super().step_env(key, state, action[0, 0], params)
+        return action[0], state, *others
+
+    def reset_env(self, key, params):
+        return jnp.zeros(2), super().reset_env(key, params)[1]
+
+    def action_space(self, params):
+        return self.actions
+
+class Unbounded(Two):
+    actions = spaces.Box(-jnp.inf, jnp.inf, (2,))
+
+class Unsteppable:
+    reset_env = step = action_space = name = None
+
+def pendulum(): return gymnax.make("Pendulum-v1")
+def same(): return gymnax.make("Pendulum-v1")
+def cartpole(): return gymnax.make("CartPole-v1")
+def two(): return Two(), Two().default_params
+def unbounded(): return Unbounded(), Two().default_params
+def unsteppable(): return Unsteppable(), None
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "own_tasks.py").write_text(OWN_TASKS)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_tasks_of_ones_own_are_trained_evaluated_and_called_by_their_names(own_tasks, tmp_path, capsys):
+    flags = TINY | {"arch": "mlp", "suite": "own", "tasks": "own_tasks:pendulum", "eval_tasks": "own_tasks:two"}
+    run_here(muesli.main, *as_flags(**flags, run_dir="run"), cwd=tmp_path)
+    assert capsys.readouterr().err == ""
+    rows = read(tmp_path / "run" / "evaluation.csv")
+    assert [(row["task"], row["split"]) for row in rows] == [("Pendulum-v1", "train"), ("Two", "held out")]
+    assert all(np.isfinite(float(row["return_mean"])) for row in rows)
+    assert "return_Pendulum-v1" in read(tmp_path / "run" / "metrics.csv")[-1]
+
+
+def test_an_own_task_gets_actions_of_its_own_shape_and_bounds(own_tasks):
+    task = muesli.make_task(small_args(suite="own", tasks="own_tasks:two"), "own_tasks:two", "tasks")
+    assert (task.name, task.obs_size, task.action_size, task.ends) == ("Two", 2, 2, True)
+    np.testing.assert_array_equal([task.low, task.high], [[-1, 0], [3, 10]])
+    _, state = task.reset(jax.random.PRNGKey(0))
+    obs, _, reward, terminated = task.step(jax.random.PRNGKey(1), state, jnp.array([0.5, 7.0]))
+    assert obs.tolist() == [0.5, 7.0] and reward.shape == terminated.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "held_out", "words"),
+    [
+        ("", "", "--suite own: needs --tasks PACKAGE.MODULE:FACTORY"),
+        ("Pendulum-v1", "", "--tasks Pendulum-v1: must be PACKAGE.MODULE:FACTORY with --suite own"),
+        ("nowhere:make", "", "--tasks nowhere:make: No module named 'nowhere'"),
+        ("own_tasks:pendulum", "own_tasks:none", "--eval-tasks own_tasks:none: module 'own_tasks' has no attribute"),
+        ("own_tasks:unsteppable", "", "--tasks own_tasks:unsteppable: the environment has no step_env"),
+        ("own_tasks:cartpole", "", "--tasks own_tasks:cartpole: actions must be continuous, not Discrete"),
+        ("own_tasks:unbounded", "", "--tasks own_tasks:unbounded: actions must have bounds, not Box"),
+        ("own_tasks:pendulum", "own_tasks:same", "--suite own: two tasks have the name Pendulum-v1"),
+    ],
+)
+def test_own_tasks_that_do_not_fit_are_refused(tasks, held_out, words, own_tasks, tmp_path, monkeypatch, capsys):
+    flags = as_flags(**SMALL, suite="own", tasks=tasks, eval_tasks=held_out)
+    assert_refused(muesli.main, flags, words, tmp_path, monkeypatch, capsys)
+
+
+def test_own_tasks_have_no_list(tmp_path, monkeypatch, capsys):
+    flags = ["--suite", "own", "--tasks", "own_tasks:pendulum", "--list-envs"]
+    assert_refused(muesli.main, flags, "--suite own: has no list", tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
