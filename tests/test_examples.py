@@ -6,15 +6,18 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import assert_refused, fast_jit, run_here, tiny_flags
+from conftest import assert_refused, fast_jit, run_here, tiny_args, tiny_flags
 
+import popgym_jax
 import ppo_s5_popgym as ppo
-from examples import own_environment
+import s5_common as common
+from examples import masked_velocities, own_environment
 
 EXAMPLES = [
     "examples.own_environment:t_maze",
     "examples.gymnax_cartpole:cartpole",
     "examples.gymnax_cartpole:without_velocities",
+    "examples.masked_velocities:make",
 ]
 
 
@@ -53,9 +56,63 @@ def test_cartpole_without_velocities_shows_two_features():
     np.testing.assert_allclose(obs, [state.x, state.theta])
 
 
+def test_what_the_masked_pendulum_hides_are_the_velocities_and_actions_are_clipped():
+    env, params = masked_velocities.make()
+    step = fast_jit(env.step_env)
+    _, first = fast_jit(env.reset_env)(jax.random.PRNGKey(0), params)
+    found = [step(jax.random.PRNGKey(1), first, np.float32([action]), params) for action in (3.0, 1.0)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    obs, state, reward, terminated, _ = found[0]
+    physics = state.brax.pipeline_state
+    np.testing.assert_array_equal(obs, physics.q)
+    np.testing.assert_array_equal(state.brax.obs, [*obs, *physics.qd])  # what Brax shows
+    assert np.abs(physics.qd).max() > 0.01  # it moves
+    assert reward == 1 and not terminated and state.time == 1
+
+
+def own_trials(num_trials=3):
+    """Three T-mazes in a row."""
+    env, params = own_environment.t_maze()
+    trials = popgym_jax.Trials(env, num_trials)
+    return trials, trials.default_params.replace(trial=params.replace(max_steps_in_episode=4))
+
+
+@pytest.mark.parametrize("env", ["test_examples:own_trials", "MetaStatelessCartPole"])
+def test_more_trials_are_evaluated_than_trained_also_of_ones_own(env):
+    setup = ppo.make_setup(tiny_args(env=env, arch="mlp", eval="run", eval_trials=5))
+    trained = ppo.make_setup(tiny_args(env=env))
+    assert setup.env_params == trained.env_params.replace(num_trials=5)
+    if ":" in env:
+        runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))
+        returns = np.asarray(fast_jit(ppo.evaluate, setup)(runner.params, jax.random.PRNGKey(1)))
+        assert returns.shape == (8, 5) and set(np.abs(returns).ravel()) == {1.0}
+
+
+class FixedParams:
+    num_trials = 3
+
+
+def fixed_trials():
+    return own_trials()[0], FixedParams()
+
+
+def test_trials_of_parameters_that_cannot_be_replaced_are_refused(monkeypatch):
+    monkeypatch.setattr(common, "own_environment", lambda *flag, uses: fixed_trials())
+    with pytest.raises(common.UsageError, match="--eval-trials 5: the parameters of TMaze cannot be replaced"):
+        ppo.make_setup(tiny_args(env="own:trials", eval="run", eval_trials=5))
+
+
 MODULE = """
 import jax.numpy as jnp
+from flax import struct
 from examples.own_environment import EnvParams, TMaze
+
+@struct.dataclass
+class TrialParams(EnvParams):
+    num_trials: int = 2
+
+def without_trial():
+    return TMaze(), TrialParams()
 
 class Image(TMaze):
     def reset_env(self, key, params):
@@ -82,6 +139,7 @@ number = 3
         ("own_module:alone", "must be a function that returns an environment and its parameters"),
         ("own_module:number", "must be a function that returns an environment and its parameters"),
         ("own_module:nothing", "the environment has no reset_env, step, action_space, name"),
+        ("own_module:without_trial", "its parameters have num_trials, but its state has no trial"),
         ("own_module:image", "must be float32 vectors, not ShapeDtypeStruct(shape=(3, 4), dtype=float32)"),
         (":factory", "--env :factory: Empty module name"),
     ],

@@ -97,8 +97,9 @@ def trained(tmp_path_factory):
 
 
 def as_parameter(command):
-    """Slow are benchmarks, what DeepMind Control's tasks take to compile, and memories that other tests train."""
+    """Slow are benchmarks, what simulators take to compile, and memories that other tests train."""
     slow = not command.startswith(("ppo_s5_popgym.py", "a2c_s5_bsuite.py")) or "--arch" in command
+    slow = slow or "masked_velocities" in command  # Brax
     return pytest.param(command, marks=[pytest.mark.slow] if slow else [])
 
 
@@ -126,6 +127,8 @@ def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
         flags += ["--eval-episodes", "4"]
     if not {"--resume", "--eval", "--list-envs", "--help"} & set(flags):
         flags += as_flags(**SMALL[script], run_dir=tmp_path / "run")
+        if "own" in flags:  # of its own are all tasks of this suite
+            flags += ["--eval-tasks", ""]
         if "--arch" not in flags:
             flags += ["--arch", "mlp"]  # the quickest to compile
     run_here(MAIN[script], *flags, cwd=tmp_path)
