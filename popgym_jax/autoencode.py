@@ -98,6 +98,25 @@ class Autoencode(cards.DeckEnvironment[EnvState]):
         observation = mode_and_suit(mode, suit)
         return observation, state, reward, self.is_terminated(state, params), {}
 
+    def render(self, state: EnvState, params: environment.EnvParams) -> str:
+        """The card in view or the suit asked for, and the cards that are to be recited yet."""
+        time = int(state.time)
+        if time >= self.episode_length:
+            return "all suits have been recited"
+        places = np.arange(min(time + 1, 2 * self.num_cards - 1 - time))
+        words = np.asarray(state.seen)[places // SUITS_PER_WORD]
+        suits = (words >> (2 * (places % SUITS_PER_WORD)).astype(np.uint32)) & 3
+        newest = cards.SUITS[suits[-1]]
+        if time + 1 < self.num_cards:
+            now = f"watch: card {time + 1} of {self.num_cards} is of {newest}"
+        else:
+            now = f"play: asked for suit {time + 2 - self.num_cards} of {self.num_cards}: {newest}"
+        return f"{now}\nto be recited from the end: {cards.letters(suits)}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        watching = int(state.time) + 1 < self.num_cards
+        return "nothing" if watching else cards.SUITS[int(action)]
+
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)
 

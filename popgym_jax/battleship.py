@@ -121,6 +121,15 @@ class Battleship(environment.Environment[EnvState, EnvParams]):
         """Every ship is sunk, bool ()."""
         return jnp.all(state.afloat == 0)
 
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """The board: S a square of a ship that was not hit yet."""
+        afloat = boards.unpack(np.asarray(state.afloat), self.num_squares)
+        rows = boards.draw(np.where(afloat, "S", "."), self.board_size)
+        return f"{afloat.sum()} of {self.needed_hits} ship squares are left\n{rows}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return boards.name(int(action), self.board_size)
+
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.num_squares)
 

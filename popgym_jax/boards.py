@@ -31,6 +31,24 @@ def pack(squares: np.ndarray) -> np.ndarray:
     return bits.sum(-1).astype(np.uint32)
 
 
+def unpack(board: np.ndarray, num_squares: int) -> np.ndarray:
+    """The inverse: bits uint32 (words,) as bool (num_squares,)."""
+    square = np.arange(num_squares)
+    bit = (square % WORD).astype(np.uint32)
+    return ((board[square // WORD] >> bit) & 1) == 1
+
+
+def draw(letters: np.ndarray, board_size: int) -> str:
+    """A letter for each square, (board_size^2,), as lines of text."""
+    return "\n".join(" ".join(row) for row in letters.reshape(board_size, board_size))
+
+
+def name(index: int, board_size: int) -> str:
+    """A square in words, counted from 1."""
+    row, column = divmod(index, board_size)
+    return f"row {row + 1}, column {column + 1}"
+
+
 def square(index: jax.Array, words: int) -> jax.Array:
     """The set of this one square, integer (): uint32 (words,)."""
     bit = np.uint32(1) << jnp.uint32(index % WORD)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from popgym_jax import environment, prng
 
@@ -18,6 +19,11 @@ DECK_SIZE = 52
 NUM_SUITS = 4
 NUM_RANKS = 13
 NUM_COLOURS = 2
+
+SUITS = ("spades", "diamonds", "clubs", "hearts")
+RANKS = ("ace", *map(str, range(2, 11)), "jack", "queen", "king")
+COLOURS = ("black", "red")
+NAMES = {"colors": COLOURS, "suits": SUITS, "ranks": RANKS}  # by the deck_type
 
 KINDS = {"colors": NUM_COLOURS, "suits": NUM_SUITS, "ranks": NUM_RANKS}  # by the deck_type
 
@@ -139,3 +145,8 @@ def shuffled_deck(key: jax.Array, num_decks: int) -> jax.Array:
 def one_hot(kind: jax.Array, num_kinds: int) -> jax.Array:
     """1 at index `kind`, 0 elsewhere, float32 (num_kinds,)."""
     return (jnp.arange(num_kinds, dtype=jnp.int32) == kind).astype(jnp.float32)
+
+
+def letters(suits: np.ndarray) -> str:
+    """Suits, integer (n,), by their first letters."""
+    return "".join(SUITS[suit][0].upper() for suit in suits)

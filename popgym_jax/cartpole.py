@@ -25,6 +25,7 @@ TIME_STEP = 0.02
 X_LIMIT = 2.4
 THETA_LIMIT = math.radians(12)
 RESET_RANGE = 0.05
+TRACK = 48  # characters, where the track is shown as text
 OBSERVATION_BOUND = np.array([2 * X_LIMIT, 2 * THETA_LIMIT], np.float32)
 
 
@@ -71,6 +72,8 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
     agrees to 1e-6, a long balanced episode drifts apart as CartPole is unstable.
     """
 
+    has_picture = True
+
     def __init__(self, max_episode_length: int = 200, name: str | None = None):
         self.max_episode_length = max_episode_length
         super().__init__(name)
@@ -109,6 +112,25 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
         """The cart has left the track or the pole has fallen, bool ()."""
         x, _, theta, _ = state.physics
         return (jnp.abs(x) > X_LIMIT) | (jnp.abs(theta) > THETA_LIMIT)
+
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """The track with the cart on it, its place, and the pole's angle, to the right positive."""
+        x, _, theta, _ = np.asarray(state.physics)
+        place = round(TRACK / 2 * (1 + np.clip(x / X_LIMIT, -1, 1)))
+        track = "-" * place + "o" + "-" * (TRACK - place)
+        return f"[{track}] cart {x:+.2f} m, pole {np.degrees(theta):+.1f} degrees"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return "push right" if action == 1 else "push left"
+
+    def draw(self, axes: Any, state: EnvState) -> None:
+        """Cart and pole on matplotlib's axes, in metres."""
+        x, _, theta, _ = np.asarray(state.physics)
+        tip = (x + 2 * HALF_LENGTH * np.sin(theta), 2 * HALF_LENGTH * np.cos(theta))
+        axes.plot([-X_LIMIT, X_LIMIT], [0, 0], color="black", linewidth=1)
+        axes.plot([x - 0.25, x + 0.25], [0, 0], color="tab:grey", linewidth=12)
+        axes.plot([x, tip[0]], [0, tip[1]], color="tab:orange", linewidth=5)
+        axes.set(xlim=(-X_LIMIT, X_LIMIT), ylim=(-0.5, 1.5), xticks=[], yticks=[], aspect="equal")
 
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(2)

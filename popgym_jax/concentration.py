@@ -13,6 +13,9 @@ from popgym_jax import cards, environment
 
 NO_CARD = -1
 POSITIONS_PER_WORD = 26  # half a deck, so that words are full
+ROW = 13  # cards of a row, where the table is shown as text
+COLOUR_LETTERS = "BR"
+RANK_LETTERS = "A23456789TJQK"
 
 
 @struct.dataclass
@@ -148,6 +151,26 @@ class Concentration(environment.Environment[EnvState, EnvParams]):
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
         """All pairs have been found, bool ()."""
         return jnp.all(state.face_up == np.uint32(2**POSITIONS_PER_WORD - 1))
+
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """The table: [ ] around cards that lie face up, ( ) around the one that waits."""
+        position = np.arange(self.num_cards)
+        word, bit = np.divmod(position, POSITIONS_PER_WORD)
+        face_up = (np.asarray(state.face_up)[word] >> bit.astype(np.uint32)) & 1
+        kinds = np.asarray(state.kinds)
+        left = np.where(face_up, "[", np.where(position == state.first, "(", " "))
+        right = np.where(face_up, "]", np.where(position == state.first, ")", " "))
+        places = [f"{left[i]}{self.letter(kinds[i])}{right[i]}" for i in position]
+        rows = ["".join(places[i : i + ROW]) for i in range(0, self.num_cards, ROW)]
+        return "\n".join([f"{face_up.sum()} of {self.num_cards} cards lie face up", *rows])
+
+    def letter(self, kind: int) -> str:
+        return (COLOUR_LETTERS if self.deck_type == "colors" else RANK_LETTERS)[kind]
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        row, column = divmod(int(action), ROW)
+        card = self.letter(int(state.kinds[int(action)]))
+        return f"row {row + 1}, column {column + 1}: {card}"
 
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.num_cards)

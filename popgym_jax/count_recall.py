@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 
@@ -46,6 +47,7 @@ class CountRecall(cards.DeckEnvironment[EnvState]):
 
     def __init__(self, num_decks: int = 1, deck_type: str = "colors", name: str | None = None):
         self.num_cards = cards.num_cards(num_decks)
+        self.deck_type = deck_type
         self.num_kinds = cards.num_kinds(deck_type)
         self.max_count = self.num_cards // self.num_kinds
         super().__init__(num_decks, self.num_cards - 1, name)
@@ -99,6 +101,18 @@ class CountRecall(cards.DeckEnvironment[EnvState]):
         one_hot_value = cards.one_hot(value, self.num_kinds)
         one_hot_query = cards.one_hot(query, self.num_kinds)
         return jnp.concatenate([one_hot_value, one_hot_query])
+
+    def render(self, state: EnvState, params: environment.EnvParams) -> str:
+        """What is asked for, and how many cards of each kind have been dealt."""
+        names = cards.NAMES[self.deck_type]
+        dealt = self.max_count - np.asarray(state.remaining_values)
+        query = int(state.query)
+        asked = f"asked: how many cards of kind {names[query]} so far: {dealt[query]}"
+        counts = ", ".join(f"{name} {count}" for name, count in zip(names, dealt, strict=True))
+        return f"{asked}\ndealt: {counts}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return str(action)
 
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.max_count + 1)

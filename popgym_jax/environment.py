@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -51,6 +52,7 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
 
     obs_requires_prev_action: the reference says that an agent should see its
         previous action.
+    has_picture: `draw(axes, state)` draws a state on matplotlib's axes.
     """
 
     # in gymnax's words; `with_transition_gradients` has nothing to switch on
@@ -59,6 +61,7 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
 
     costly_reset = False
     obs_requires_prev_action = False
+    has_picture = False
 
     def __init__(self, name: str | None = None):
         self._name = name or type(self).__name__
@@ -74,6 +77,19 @@ class Environment(environment.Environment[TEnvState, TEnvParams]):
         if isinstance(space, spaces.Discrete):
             return space.n
         return math.prod(space.shape)
+
+    def render(self, state: Any, params: Any) -> str:
+        """A concrete state as lines of text, for a reader, who is told more than an agent sees."""
+        fields = jax.tree_util.tree_leaves_with_path(state)
+        lines = []
+        for path, value in fields:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            lines.append(f"{name}: {np.array2string(np.asarray(value), precision=3)}")
+        return "\n".join(lines)
+
+    def render_action(self, state: Any, action: Any, params: Any) -> str:
+        """An action in this state, in words."""
+        return f"action {action}"
 
     @partial(jax.jit, static_argnames=("self",))
     def step(

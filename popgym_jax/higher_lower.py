@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 
@@ -77,6 +78,18 @@ class HigherLower(cards.DeckEnvironment[EnvState]):
         )
         observation = cards.one_hot(rank, cards.NUM_RANKS)
         return observation, state, reward, self.is_terminated(state, params), {}
+
+    def render(self, state: EnvState, params: environment.EnvParams) -> str:
+        """The card in view, and how many of those left in the stack are higher or lower."""
+        rank = int(state.rank)
+        remaining = np.asarray(state.remaining)
+        higher = remaining[rank + 1 :].sum()
+        lower = remaining[:rank].sum()
+        counts = f"{higher} higher, {remaining[rank]} alike, {lower} lower"
+        return f"card in view: {cards.RANKS[rank]}\nleft in the stack: {counts}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return "higher" if action == HIGHER else "lower"
 
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(2)

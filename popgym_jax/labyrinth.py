@@ -141,6 +141,26 @@ class Labyrinth(environment.Environment[TState, EnvParams]):
         """Reward of a step that gains nothing, float32 ()."""
         return -1.0 / jnp.asarray(params.max_steps_in_episode + 1, jnp.float32)
 
+    def render(self, state: TState, params: EnvParams) -> str:
+        """The maze: # a wall, A the agent, S the start, and see `squares`."""
+        squares = self.squares(state)
+        squares[tuple(np.asarray(state.start))] = "S"
+        squares[tuple(np.asarray(state.position))] = "A"
+        return "\n".join("".join(row) for row in squares)
+
+    def squares(self, state: TState) -> np.ndarray:
+        """A letter for each square of the grid, (2w + 1, 2w + 1)."""
+        return np.where(self.on_board(state.walls), "#", " ")
+
+    def on_board(self, board: jax.Array) -> np.ndarray:
+        """Which squares of the grid are on a board, bool (2w + 1, 2w + 1)."""
+        side = 2 * self.size + 1
+        column = np.arange(side, dtype=np.uint32)
+        return ((np.asarray(board)[:side, None] >> column) & 1) == 1
+
+    def render_action(self, state: TState, action: Any, params: Any) -> str:
+        return ("left", "right", "up", "down")[int(action)]
+
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(NUM_ACTIONS)
 
@@ -200,6 +220,12 @@ class LabyrinthEscape(Labyrinth[EscapeState]):
         """Codes of the nine squares in view, with the exit: see Labyrinth."""
         return super().view(state) | self.landmark(state, state.goal, GOAL)
 
+    def squares(self, state: EscapeState) -> np.ndarray:
+        """G is the exit: see Labyrinth."""
+        squares = super().squares(state)
+        squares[tuple(np.asarray(state.goal))] = "G"
+        return squares
+
     def is_terminated(self, state: EscapeState, params: EnvParams) -> jax.Array:
         """The agent is at the exit, bool ()."""
         same_row = state.position[0] == state.goal[0]
@@ -257,6 +283,10 @@ class LabyrinthExplore(Labyrinth[ExploreState]):
         )
         observation = self.observe(key, state, action, params)
         return observation, state, reward, self.is_terminated(state, params), {}
+
+    def squares(self, state: ExploreState) -> np.ndarray:
+        """. where the agent has not been: see Labyrinth."""
+        return np.where(self.on_board(state.unexplored), ".", super().squares(state))
 
     def is_terminated(self, state: ExploreState, params: EnvParams) -> jax.Array:
         """No square is left, bool ()."""

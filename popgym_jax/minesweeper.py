@@ -146,6 +146,18 @@ class MineSweeper(environment.Environment[EnvState, EnvParams]):
         """Out of clicks, neither won nor lost, bool ()."""
         return (state.time >= params.max_steps_in_episode) & ~self.is_terminated(state, params)
 
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """The board: * a mine, . not clicked yet, else the number shown for a clicked square."""
+        mines = boards.unpack(np.asarray(state.mines), self.num_squares)
+        clear = boards.unpack(np.asarray(state.clear), self.num_squares)
+        numbers = np.bitwise_count(blocks(self.board_size) & np.asarray(state.mines)).sum(axis=1)
+        squares = np.where(mines, "*", np.where(clear, ".", numbers.astype(str)))
+        rows = boards.draw(squares, self.board_size)
+        return f"{clear.sum()} of {self.num_clear} squares are left\n{rows}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return boards.name(int(action), self.board_size)
+
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.num_squares)
 

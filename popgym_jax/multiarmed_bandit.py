@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 
@@ -87,6 +88,15 @@ class MultiarmedBandit(environment.Environment[EnvState, EnvParams]):
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
         """Never, bool ()."""
         return jnp.zeros((), bool)
+
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """How likely each arm is to pay, and the best one."""
+        probabilities = np.asarray(state.probabilities)
+        shown = " ".join(f"{probability:.2f}" for probability in probabilities)
+        return f"arms pay with probability {shown}\nbest arm: {probabilities.argmax()}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return f"arm {action}"
 
     def action_space(self, params: EnvParams) -> spaces.Discrete:
         return spaces.Discrete(self.num_bandits)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 
@@ -16,6 +17,7 @@ GRAVITY = 10.0
 TIME_STEP = 0.05
 MAX_SPEED = 8.0
 MAX_TORQUE = 2.0
+DIAL = 48  # characters, where the angle is shown as text
 MEAN_COST = 16.2736044 / 2  # half the highest cost: hanging down at full speed and torque
 
 
@@ -63,6 +65,8 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
     agrees to 1e-5, and from the same start a whole episode's return to 1e-3.
     """
 
+    has_picture = True
+
     def __init__(self, max_episode_length: int = 200, name: str | None = None):
         self.max_episode_length = max_episode_length
         super().__init__(name)
@@ -105,6 +109,28 @@ class PositionOnlyPendulum(environment.Environment[EnvState, EnvParams]):
     def is_terminated(self, state: EnvState, params: EnvParams) -> jax.Array:
         """Never, bool ()."""
         return jnp.zeros((), bool)
+
+    def render(self, state: EnvState, params: EnvParams) -> str:
+        """Its angle on a dial from -180 to 180 degrees, upright in the middle, and its speed."""
+        theta, theta_dot = np.asarray(state.physics)
+        angle = float(np.degrees(wrap_angle(theta)))
+        place = round(DIAL * (angle + 180) / 360)
+        dial = list("-" * (DIAL + 1))
+        dial[DIAL // 2] = "^"
+        dial[place] = "o"
+        return f"[{''.join(dial)}] angle {angle:+.1f} degrees, speed {theta_dot:+.2f} rad/s"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        torque = np.clip(np.asarray(action).item(), -MAX_TORQUE, MAX_TORQUE)
+        return f"torque {torque:+.2f} N m"
+
+    def draw(self, axes: Any, state: EnvState) -> None:
+        """The pendulum on matplotlib's axes, in metres; counterclockwise is positive."""
+        theta, _ = np.asarray(state.physics)
+        tip = (-np.sin(theta), np.cos(theta))
+        axes.plot([0, tip[0]], [0, tip[1]], color="tab:orange", linewidth=6)
+        axes.plot([0], [0], "o", color="black", markersize=6)
+        axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=[], yticks=[], aspect="equal")
 
     def action_space(self, params: EnvParams) -> spaces.Box:
         return spaces.Box(-MAX_TORQUE, MAX_TORQUE, (1,))

@@ -147,6 +147,14 @@ class RandomProjection(Wrapper):
         obs = self.env.observe(key, state.env_state, action, params)
         return project(state.M_o, obs)
 
+    def inner_state(self, state: ProjectionState) -> Any:
+        return state.env_state
+
+    def render_action(self, state: ProjectionState, action: Any, params: Any) -> str:
+        """The action of `env` that this one stands for, in words."""
+        task_action = self.task_action(state, action, params)
+        return super().render_action(state, np.asarray(task_action), params)
+
     def is_terminated(self, state: ProjectionState, params: Any) -> jax.Array:
         return self.env.is_terminated(state.env_state, params)
 

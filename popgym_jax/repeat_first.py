@@ -72,6 +72,14 @@ class RepeatFirst(cards.DeckEnvironment[EnvState]):
         observation = cards.one_hot(suit, cards.NUM_SUITS)
         return observation, state, reward, self.is_terminated(state, params), {}
 
+    def render(self, state: EnvState, params: environment.EnvParams) -> str:
+        """The suit asked for; the card in view is not part of the state."""
+        card = f"card {int(state.time) + 1} of {self.episode_length + 1} is in view"
+        return f"{card}\nasked: suit of the first card: {cards.SUITS[int(state.target)]}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return cards.SUITS[int(action)]
+
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)
 

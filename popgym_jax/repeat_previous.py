@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 
@@ -81,6 +82,20 @@ class RepeatPrevious(cards.DeckEnvironment[EnvState]):
         )
         observation = cards.one_hot(suit, cards.NUM_SUITS)
         return observation, state, reward, self.is_terminated(state, params), {}
+
+    def render(self, state: EnvState, params: environment.EnvParams) -> str:
+        """The card in view, the suit asked for, and the cards that will be asked for."""
+        dealt = int(state.time) + 1
+        history = np.asarray(state.history)
+        shown = f"card {dealt} of {self.episode_length + 1} is of {cards.SUITS[history[-1]]}"
+        asked = f"asked: suit of card {dealt + 1 - self.k}: {cards.SUITS[history[0]]}"
+        if dealt < self.k:
+            asked = f"asked: nothing before card {self.k}"
+        kept = history[max(0, self.k - dealt) :]
+        return f"{shown}\n{asked}\nto be remembered, oldest first: {cards.letters(kept)}"
+
+    def render_action(self, state: EnvState, action: Any, params: Any) -> str:
+        return cards.SUITS[int(action)]
 
     def action_space(self, params: environment.EnvParams) -> spaces.Discrete:
         return spaces.Discrete(cards.NUM_SUITS)

@@ -159,6 +159,17 @@ class Trials(Wrapper):
             return restart(self.env, key, state.play, params.trial)
         return self.env.observe(key, state.first, None, params.trial), state.first
 
+    def inner_state(self, state: TrialsState) -> Any:
+        return state.play
+
+    def render(self, state: TrialsState, params: TrialsParams) -> str:
+        """Which trial runs, and the environment inside."""
+        trial = f"trial {int(state.trial) + 1} of {params.num_trials}"
+        return f"{trial}\n{super().render(state, params.trial)}"
+
+    def render_action(self, state: TrialsState, action: Any, params: TrialsParams) -> str:
+        return super().render_action(state, action, params.trial)
+
     def is_terminated(self, state: TrialsState, params: TrialsParams) -> jax.Array:
         """All trials have been played, bool ()."""
         return state.trial >= params.num_trials

@@ -26,6 +26,7 @@ class Wrapper(environment.Environment[Any, Any]):
         self.env = env
         self.costly_reset = getattr(env, "costly_reset", False)
         self.obs_requires_prev_action = getattr(env, "obs_requires_prev_action", False)
+        self.has_picture = getattr(env, "has_picture", False)
         super().__init__(env.name)
 
     @property
@@ -37,6 +38,25 @@ class Wrapper(environment.Environment[Any, Any]):
 
     def is_truncated(self, state: Any, params: Any) -> jax.Array:
         return self.env.is_truncated(state, params)
+
+    def inner_state(self, state: Any) -> Any:
+        """The state of `env` in one of this environment."""
+        return state
+
+    def render(self, state: Any, params: Any) -> str:
+        inner = self.inner_state(state)
+        if isinstance(self.env, environment.Environment):
+            return self.env.render(inner, params)
+        return super().render(inner, params)
+
+    def render_action(self, state: Any, action: Any, params: Any) -> str:
+        inner = self.inner_state(state)
+        if isinstance(self.env, environment.Environment):
+            return self.env.render_action(inner, action, params)
+        return super().render_action(inner, action, params)
+
+    def draw(self, axes: Any, state: Any) -> None:
+        self.env.draw(axes, self.inner_state(state))
 
     def action_space(self, params: Any) -> Any:
         return self.env.action_space(params)
@@ -195,3 +215,6 @@ class EpisodeStatistics(Wrapper):
 
     def is_truncated(self, state: StatisticsState, params: Any) -> jax.Array:
         return self.env.is_truncated(state.env_state, params)
+
+    def inner_state(self, state: StatisticsState) -> Any:
+        return state.env_state
