@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -178,6 +179,9 @@ class EvaluationFlags:
 
     eval: str = ""
     """evaluate the newest checkpoint of this run directory and stop"""
+
+    watch: str = ""
+    """play one episode with the newest checkpoint of this run directory, as text, and stop"""
 
     eval_episodes: int = 256
     """episodes to evaluate"""
@@ -715,6 +719,102 @@ def print_evaluation(args: Args) -> None:
         print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
 
 
+def bits(values: np.ndarray) -> str:
+    """int (n,) -> 0 1 1."""
+    return " ".join(map(str, values))
+
+
+def umbrella(flag: Any) -> str:
+    return "with an umbrella" if flag else "without an umbrella"
+
+
+def memory_chain_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    if state.time + 1 < task.length:
+        what = "shown" if state.time == 0 else "nothing is asked; to be remembered"
+        return f"{what}: {bits(state.context)}"
+    verdict = "right" if reward > 0 else "wrong"
+    asked = f"asked for bit {state.query + 1} of {len(state.context)}, which was {state.context[state.query]}"
+    return f"{asked}; the agent's answer: {action}, {verdict}"
+
+
+def umbrella_chain_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    weather = "it will rain" if state.need_umbrella else "it will stay dry"
+    if state.time == 0:
+        return f"forecast: {weather}; the agent goes {umbrella(action)}"
+    if state.time + 1 < task.length:
+        return f"on the way, {umbrella(state.has_umbrella)}"
+    verdict = "right" if reward > 0 else "wrong"
+    return f"arrived {umbrella(state.has_umbrella)}, {weather}: {verdict}"
+
+
+def discounting_chain_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    when = np.asarray(task.env_params.reward_timestep)
+    if state.time == 0:
+        pays = [f"{n}: {state.rewards[n]:.1f} at step {when[n]}" for n in range(len(when))]
+        return f"chains pay {', '.join(pays)}; the agent takes {action}"
+    waits = "waiting" if reward == 0 else "paid"
+    return f"on chain {state.context}: {waits}"
+
+
+def catch_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    board = np.full((task.env.rows, task.env.columns), ".")
+    board[state.paddle_y, state.paddle_x] = "="
+    board[state.ball_y, state.ball_x] = "o"
+    move = ("left", "stay", "right")[action]
+    return "\n".join(["", *map("".join, board), f"the agent's move: {move}"])
+
+
+def deep_sea_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    board = np.full((task.env.size, task.env.size), ".")
+    board[state.row, state.column] = "A"
+    move = "right" if action == state.action_mapping[state.row, state.column] else "left"
+    return "\n".join(["", *map("".join, board), f"the agent's move: {move}"])
+
+
+def simple_bandit_in_words(task: Task, state: Any, action: int, reward: float) -> str:
+    arms = " ".join(f"{x:.1f}" for x in state.rewards)
+    return f"arms pay {arms}; the agent pulls arm {action}"
+
+
+IN_WORDS: dict[str, Callable[[Task, Any, int, float], str]] = {
+    "MemoryChain": memory_chain_in_words,
+    "UmbrellaChain": umbrella_chain_in_words,
+    "DiscountingChain": discounting_chain_in_words,
+    "Catch": catch_in_words,
+    "DeepSea": deep_sea_in_words,
+    "SimpleBandit": simple_bandit_in_words,
+}
+
+
+def watch(args: Args) -> None:
+    """Play an episode with the newest checkpoint of --watch, from a fixed key.
+
+    Prints it step by step in words. Steps in a row of which there is the same to say share a line.
+    """
+    setup = make_setup(args)
+    run = common.RunDirectory(args, args.env, "a2c_s5_bsuite")
+    runners = run.restore(init_runners(setup))
+    runner = jax.tree.map(lambda x: x[0], runners)  # of the first seed
+    runner = runner._replace(key=jax.random.PRNGKey(2303_03982))
+    runner = jax.jit(partial(begin_episodes, setup, batch=1))(runner)
+    step = jax.jit(partial(collect_segment, setup, T=1))
+    print(f"{args.env}, seed {args.seed}, update {run.done}")
+    said = []
+    for _ in range(setup.task.length):
+        state = jax.tree.map(lambda x: x[0], jax.device_get(runner.env_state))
+        runner, segment, _ = step(runner)
+        reward = segment.reward.item()
+        text = IN_WORDS[args.env](setup.task, state, segment.action.item(), reward)
+        said.append(f"{text}; reward {reward:+.3g}")
+    begin = 0
+    for text, same in groupby(said):
+        end = begin + len(list(same))
+        steps = f"step {end}" if end == begin + 1 else f"steps {begin + 1} to {end}"
+        print(f"{steps}: {text}")
+        begin = end
+    print(f"return {runner.so_far.item():.4g} after {setup.task.length} steps")
+
+
 EPISODES = 10_000  # of a run in bsuite
 LENGTHS = (*range(1, 11), 12, 14, 17, 20, 25, *range(30, 101, 10))
 SWEEPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -847,6 +947,8 @@ def main() -> int:
         print("\n".join(TASKS))
     elif args.eval:
         print_evaluation(args)
+    elif args.watch:
+        watch(args)
     elif args.sweep:
         run_sweep(args)
     else:

@@ -232,6 +232,10 @@ class EvaluationFlags:
     eval: str = ""
     """evaluate the newest checkpoint of this run directory and stop"""
 
+    watch: str = ""
+    """play one meta-episode of the first of --tasks with the newest checkpoint of this run directory,
+    drawn as RUN_DIR/episode.gif, and stop"""
+
     eval_interval: int = 0
     """updates between evaluations of all tasks; 0: only at the end of the run"""
 
@@ -1951,6 +1955,50 @@ def evaluate_checkpoint(args: Args) -> None:
     common.draw(plot_evaluations, {run.path.name: rows}, table.with_suffix(".png"))
 
 
+def watch(args: Args) -> None:
+    """Play a meta-episode of the first of --tasks with the newest checkpoint of --watch.
+
+    From a fixed key. Writes RUN_DIR/episode.gif: the world, where it is one of control_jax, and
+    what the agent sees of it, with how that changes.
+    """
+    check_task_names(args)
+    setup = make_setup(args)
+    run = common.RunDirectory(args, args.tasks or args.suite, "muesli_s5_metarl")
+    runners = run.restore(init_runners(setup))
+    task = setup.tasks[0]
+    draw_world = world_drawing(args, task.name)
+    setup = setup._replace(args=replace(args, num_envs=1, num_steps=1), tasks=(task,))
+    params = jax.tree.map(lambda x: x[0], runners.params)  # of the first seed
+    runner = jax.jit(partial(init_runner, setup))(jax.random.PRNGKey(2303_03982))._replace(params=params)
+    step = jax.jit(partial(collect_rollout, setup, noise=args.eval_noise))
+    features = setup.obs_size * (2 if args.obs_change else 1)
+    frames = []
+    for decision in range(args.decisions):
+        world = runner.world
+        (state,) = jax.tree.map(lambda x: x[0], world.env_state)
+        title = f"{task.name}, step {decision * args.action_repeat}, return so far {world.so_far[0]:.1f}"
+        drawing = partial(draw_world, state=state) if draw_world else None
+        frames.append(common.Frame(drawing, np.asarray(world.obs[0, :features]), title))
+        runner, _ = step(runner)
+    picture = run.path / "episode.gif"
+    common.save_animation(frames, picture)
+    about = f"{task.name}, seed {args.seed}, update {run.done}"
+    print(f"{about}: return {runner.world.so_far[0]:.2f} after {args.meta_steps} steps, drawn: {picture}")
+
+
+def world_drawing(args: Args, name: str) -> Callable | None:
+    """What draws a state of the task on axes; None for a task that is not of control_jax."""
+    if args.suite != "dmc":
+        return None
+    import control_jax
+    from control_jax.drawing import draw
+
+    if name not in control_jax.registered_envs:
+        return None
+    env, _ = control_jax.make(name)
+    return partial(draw, env=env)
+
+
 # ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary.
@@ -1985,6 +2033,8 @@ def main() -> int:
         print("\n".join(environments(args)))
     elif args.eval:
         evaluate_checkpoint(args)
+    elif args.watch:
+        watch(args)
     else:
         train(args)
     return 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -191,6 +191,10 @@ class EvaluationFlags:
 
     eval: str = ""
     """evaluate the newest checkpoint of this run directory and stop"""
+
+    watch: str = ""
+    """play one episode with the newest checkpoint of this run directory, as text and, of CartPole
+    and the pendulum, as RUN_DIR/episode.gif; then stop"""
 
     eval_episodes: int = 256
     """episodes to evaluate"""
@@ -757,7 +761,7 @@ def make_setup(args: Args) -> Setup:
     has_trials = hasattr(env_params, "num_trials")
     if args.eval_trials and not has_trials:
         raise common.UsageError(f"--eval-trials {args.eval_trials}: must be 0, as {env.name} has no trials")
-    if args.eval and args.eval_trials:
+    if (args.eval or args.watch) and args.eval_trials:
         try:
             env_params = replace(env_params, num_trials=args.eval_trials)
         except (TypeError, ValueError) as error:
@@ -1117,6 +1121,58 @@ def plot_trials(runs: dict[str, np.ndarray], picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
+def play_episode(setup: Setup, params: Any, key: Array) -> Iterator[tuple[Any, Rollout]]:
+    """One episode with these parameters, as they are trained.
+
+    Yields the environment's state before each step, and the step, both without axes for time and
+    environments, the latter on the host.
+    """
+    setup = setup._replace(args=replace(setup.args, num_envs=1, num_steps=1))
+    step = jax.jit(partial(collect_rollout, setup))
+    runner = jax.jit(partial(init_runner, setup))(key)._replace(params=params)
+    playing = True
+    while playing:
+        state = jax.tree.map(lambda x: x[0], runner.env_state)
+        runner, rollout, _ = step(runner)
+        yield state, jax.tree.map(lambda x: x[0, 0], jax.device_get(rollout))
+        playing = not runner.start[0]
+
+
+def watch(args: Args) -> None:
+    """Play an episode with the newest checkpoint of --watch, from a fixed key.
+
+    Prints the state in words, what the agent sees, its action and reward, step by step, and writes
+    RUN_DIR/episode.gif if the environment can be drawn.
+    """
+    setup = make_setup(args)
+    run = common.RunDirectory(args, setup.env.name, "ppo_s5_popgym")
+    runners = run.restore(init_runners(setup))
+    params = jax.tree.map(lambda x: x[0], runners.params)  # of the first seed
+    print(f"{args.env}, seed {args.seed}, update {run.done}")
+    in_words = hasattr(setup.env, "render_action")  # those of popgym_jax
+    drawable = getattr(setup.env, "has_picture", False)
+    frames = []
+    total = 0.0
+    for number, (state, step) in enumerate(play_episode(setup, params, jax.random.PRNGKey(2303_03982)), start=1):
+        seen = np.asarray(step.obs[: setup.network.num_inputs - setup.network.num_actions - 1])
+        if drawable:
+            title = f"step {number}, return so far {total:.2f}"
+            frames.append(common.Frame(partial(setup.env.draw, state=state), seen, title))
+        total += float(step.reward)
+        action = str(step.action)
+        print(f"\nstep {number}")
+        if in_words:
+            action = setup.env.render_action(state, step.action, setup.env_params)
+            print(setup.env.render(state, setup.env_params))
+        print("the agent sees", np.array2string(seen, precision=2, suppress_small=True, threshold=16))
+        print(f"the agent's answer: {action}; reward {step.reward:+.4f}")
+    print(f"\nreturn {total:.4f} after {number} steps")
+    if drawable:
+        picture = run.path / "episode.gif"
+        common.save_animation(frames, picture)
+        print(f"drawn: {picture}")
+
+
 # ---- 8. Training and command line ----------------------------------------------------------------
 def train(args: Args) -> dict[str, Any]:
     """Train as the flags say, keep the run directory and return its summary.
@@ -1142,6 +1198,8 @@ def main() -> int:
         print("\n".join(popgym_jax.registered_envs + popgym_jax.meta_envs))
     elif args.eval:
         print_evaluation(args)
+    elif args.watch:
+        watch(args)
     else:
         train(args)
     return 0

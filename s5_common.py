@@ -46,6 +46,8 @@ from flax.linen.initializers import normal
 from jax import Array, lax
 from jax.experimental import multihost_utils
 from matplotlib import rc_context
+from matplotlib.animation import PillowWriter
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -583,21 +585,25 @@ def parse_command_line(args_class: type, default: Any, argv: Sequence[str] | Non
 def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """The command line as an ``args_class``: a preset's values, then the explicit flags, which win.
 
-    With --resume or --eval that run's flags come first; UsageError where a flag contradicts them,
-    but for those of evaluation and those that say where it runs: the number of devices and
-    processes is not part of what a run is.
+    With --resume, --eval or --watch that run's flags come first; UsageError where a flag
+    contradicts them, but for those of evaluation and those that say where it runs: the number of
+    devices and processes is not part of what a run is.
     """
     first = parse_command_line(args_class, args_class(), argv)
-    if first.resume and first.eval:
-        raise UsageError(f"--eval {first.eval}: not together with --resume {first.resume}")
-    run_dir = first.resume or first.eval
-    if not run_dir:
+    given = [name for name in OF_A_RUN if getattr(first, name)]
+    if len(given) > 1:
+        *_, other, last = [f"--{name} {getattr(first, name)}" for name in given]
+        raise UsageError(f"{last}: not together with {other}")
+    if first.watch and first.distributed:
+        raise UsageError(f"--watch {first.watch}: not together with --distributed True")
+    if not given:
         args = parse_command_line(args_class, args_class(**presets[first.preset]), argv)
         args.check()
         if args.run_dir and not args.distributed and not getattr(args, "sweep", ""):
             check_new_directory(Path(args.run_dir))
         return args
 
+    run_dir = getattr(first, given[0])
     stored = read_args(args_class, run_dir)
     not_given = 0
     args = parse_command_line(args_class, replace(stored, num_devices=not_given, distributed=False), argv)
@@ -607,9 +613,11 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
         args = replace(args, num_devices=stored.num_devices)
         while not args.distributed and args.num_devices > 1 and not runs_here(args):
             args = replace(args, num_devices=args.num_devices - 1)
+    if args.watch:  # one episode needs one device
+        args = replace(args, num_devices=1)
     for name, then in vars(stored).items():
         now = getattr(args, name)
-        may_differ = name in WHERE_IT_RUNS or name == "resume" or name.startswith("eval")
+        may_differ = name in WHERE_IT_RUNS or name in OF_A_RUN or name.startswith("eval")
         if now != then and not may_differ:
             raise UsageError(f"--{name.replace('_', '-')} {now}: the run in {run_dir} was made with {then}")
     args.check()
@@ -617,6 +625,7 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
 
 
 WHERE_IT_RUNS = ("num_devices", "distributed")
+OF_A_RUN = ("resume", "eval", "watch")  # flags that name the directory of a run that exists
 
 
 def runs_here(args: Any) -> bool:
@@ -666,7 +675,7 @@ def check_args(
         raise UsageError(f"--s5-width {args.s5_width}: must be a multiple of 8 with --arch attention")
     if args.distributed and not (args.run_dir or args.resume or args.eval):
         raise UsageError("--distributed True: needs a --run-dir that all processes share")
-    if args.track and not args.eval and not find_spec("wandb"):
+    if args.track and not (args.eval or args.watch) and not find_spec("wandb"):
         raise UsageError("--track True: needs Weights & Biases (pip install wandb)")
 
 
@@ -1131,11 +1140,14 @@ class RunDirectory:
     """
 
     def __init__(self, args: Any, env: str, script: str):
-        self.path = Path(args.resume or args.eval or args.run_dir or default_directory(args, env, script))
+        existing = args.resume or args.eval or args.watch
+        self.path = Path(existing or args.run_dir or default_directory(args, env, script))
         self.about = {"script": script, "env": env, "arch": args.arch, "preset": args.preset}
         self.flags = args
         self.args = json.loads(json.dumps(vars(args)))  # tuples as lists, as they will be read
-        del self.args["resume"], self.args["eval"]
+        for name in OF_A_RUN:
+            del self.args[name]
+        self.only_read = bool(args.eval or args.watch)
         self.seeds = range(args.seed, args.seed + args.num_seeds)
         self.writes = jax.process_index() == 0
         self.signals: list[int] = []
@@ -1143,10 +1155,10 @@ class RunDirectory:
         self.done = 0
         self.seconds = 0.0  # of earlier processes
         self.began = time.perf_counter()
-        if self.writes and not (args.resume or args.eval):
+        if self.writes and not existing:
             self.create()
         tracker = None
-        if self.writes and args.track and not args.eval:
+        if self.writes and args.track and not self.only_read:
             options = {"name": self.path.name, "config": self.args, "dir": str(self.path)}
             tracker = import_module("wandb").init(project="s5-in-context-rl", **options)
         multihost_utils.sync_global_devices("run directory")
@@ -1201,7 +1213,7 @@ class RunDirectory:
         if not self.checkpoints.updates():
             if (self.path / "metrics.csv").exists() or not (self.path / "checkpoints").exists():
                 raise UsageError(f"{self.path}: its checkpoints are missing")
-            if not self.flags.eval:
+            if not self.only_read:
                 self.save(like)
             return like
         self.done, arrays, about = self.checkpoints.read_newest(like)
@@ -1211,7 +1223,7 @@ class RunDirectory:
             if then != value and not may_differ:
                 raise UsageError(f"{self.path}: its checkpoint was made with {name} {then}, its args.json says {value}")
         self.seconds = about["seconds"]
-        if not self.flags.eval:
+        if not self.only_read:
             self.log.resume(about["columns"], self.done, self.seeds)
         names = iter(stored(like))
         return jax.tree.map(lambda x: arrays[next(names)] if x.size else x, like)
@@ -1331,3 +1343,44 @@ def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
     axes.legend(fontsize="small")
     figure.savefig(picture, dpi=150)
+
+
+class Frame(NamedTuple):
+    """A picture of an animation: the world and, beside it, what the agent sees."""
+
+    draw_world: Callable[[Axes], None] | None  # None where there is no picture of the world
+    seen: np.ndarray  # float (n,)
+    title: str
+
+
+def save_animation(frames: Sequence[Frame], picture: Path) -> None:
+    """A GIF of the frames, or of every n-th one, so that there are at most 300. Raises RunError."""
+    seen = np.concatenate([frame.seen for frame in frames])
+    limit = np.quantile(np.abs(seen), 0.95) + 1e-6  # a flag or a fast turn would make all else tiny
+    figure = Figure(figsize=(5, 2.5))
+    draft = picture.with_suffix(".draft.gif")
+    with writing(picture, kept="the run is as it was"):
+        try:
+            writer = PillowWriter(fps=20)
+            writer.setup(figure, draft, dpi=60)
+            for frame in frames[:: math.ceil(len(frames) / 300)]:
+                draw_frame(figure, frame, limit)
+                writer.grab_frame()
+            writer.finish()
+            draft.replace(picture)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def draw_frame(figure: Figure, frame: Frame, limit: float) -> None:
+    """limit: the longest bar that is shown whole."""
+    figure.clear()
+    figure.suptitle(frame.title, fontsize="small")
+    columns = 2 if frame.draw_world else 1
+    if frame.draw_world:
+        frame.draw_world(figure.add_subplot(1, columns, 1))
+    axes = figure.add_subplot(1, columns, columns)
+    axes.bar(np.arange(len(frame.seen)), frame.seen, color="tab:green")
+    axes.set(ylim=(-limit, limit), xticks=[])
+    axes.set_xlabel("what the agent sees", fontsize="small")
+    axes.tick_params(labelsize="small")

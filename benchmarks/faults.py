@@ -902,7 +902,7 @@ def try_commands(script: str, folder: Path, count: int, seed: int) -> Count:
     for run in (stub, folder / "other"):
         run.mkdir()
         flags = vars(module.Args(**tiny(script, 4, run_dir=str(run))))
-        flags = {name: value for name, value in flags.items() if name not in ("resume", "eval")}
+        flags = {name: value for name, value in flags.items() if name not in common.OF_A_RUN}
         (run / "args.json").write_text(json.dumps({"args": flags}))
     place = folder / "place"
     lines = bad_lines(module, stub, count, rng)
@@ -1071,12 +1071,14 @@ def impossible(module: Any, stub: Path) -> list[BadLine]:
         {"eval": "nowhere"},
         {"resume": "taken"},
         {"eval": "taken/file"},
+        {"watch": "nowhere"},
         {"resume": stub, "learning_rate": 0.5},
         {"resume": stub, "seed": 3},
         {"eval": stub, "s5_width": 32},
         {"eval": stub, "eval_episodes": 0},
         {"resume": stub, "run_dir": "another"},
         {"resume": stub, "eval": stub.with_name("other")},
+        {"eval": stub, "watch": stub.with_name("other")},
     ]
     own: dict[str, list[dict[str, Any]]] = {
         "ppo_s5_popgym": [

@@ -72,7 +72,7 @@ def test_every_file_of_results_has_a_row_and_every_link_leads_to_a_file():
     results = ROOT / "results"
     page = (results / "README.md").read_text()
     first_cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
-    names = set(re.findall(r"[\w]+\.(?:md|png|csv|json)", first_cells))
+    names = set(re.findall(r"[\w]+\.(?:md|png|gif|csv|json)", first_cells))
     assert names == {path.name for path in results.iterdir()} - {"README.md"}
     for page in [*PAGES, *results.glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -119,13 +119,13 @@ def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
         )
         assert done.returncode == 0, done.stderr
         return
-    for name in ("--resume", "--eval"):
+    for name in ("--resume", "--eval", "--watch"):
         if name in flags:
             run = "meta" if "--eval-trials" in flags else script.removesuffix(".py")
             flags[flags.index(name) + 1] = str(trained / run)
     if "--eval" in flags:
         flags += ["--eval-episodes", "4"]
-    if not {"--resume", "--eval", "--list-envs", "--help"} & set(flags):
+    if not {"--resume", "--eval", "--watch", "--list-envs", "--help"} & set(flags):
         flags += as_flags(**SMALL[script], run_dir=tmp_path / "run")
         if "own" in flags:  # of its own are all tasks of this suite
             flags += ["--eval-tasks", ""]
