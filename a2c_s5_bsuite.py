@@ -1,3 +1,21 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "jax==0.10.2",
+#     "flax==0.12.8",
+#     "optax==0.2.8",
+#     "gymnax==1.0.1",
+#     "absl-py==2.5.1",
+#     "six==1.17.0",
+#     "tyro==1.0.17",
+#     "orbax-checkpoint==0.12.8",
+#     "tensorstore==0.1.86",
+#     "tensorboardX==2.6.5",
+#     "matplotlib==3.11.2",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
 """Recurrent A2C with S5 on bsuite's memory, credit and exploration tasks, in one file.
 
 Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement
