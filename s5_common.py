@@ -1328,18 +1328,32 @@ def draw(plot: Callable, runs: dict[str, Any], picture: Path) -> None:
 
 
 def plot_learning_curves(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Mean episodic return against environment steps, a line for each seed of each run.
+    """Mean episodic return against environment steps, a line for each run.
+
+    Of a run with several seeds it is their mean at each step, in a band from the lowest to the
+    highest; seeds in which no episode had ended there are left out.
 
     runs: the rows of each run's metrics.csv.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, rows in runs.items():
-        for seed in sorted({int(row["seed"]) for row in rows}):
-            own = [row for row in rows if int(row["seed"]) == seed and row["return_mean"] not in (None, "")]
-            x = [float(row["env_steps"]) for row in own]
-            y = [float(row["return_mean"]) for row in own]
-            axes.plot(x, y, linewidth=1, label=f"{label.lstrip('_')}, seed {seed}")  # _ would hide it
+        returns: dict[float, list[float]] = {}  # of the seeds, by environment steps
+        for row in rows:
+            if row["return_mean"] not in (None, ""):
+                returns.setdefault(float(row["env_steps"]), []).append(float(row["return_mean"]))
+        x = sorted(returns)
+        seeds = sorted({int(row["seed"]) for row in rows})
+        name = label.lstrip("_")  # _ would hide it
+        if len(seeds) == 1:
+            name += f", seed {seeds[0]}"
+        else:
+            name += f", mean and range of {len(seeds)} seeds"
+        (line,) = axes.plot(x, [np.mean(returns[step]) for step in x], linewidth=1, label=name)
+        if len(seeds) > 1:
+            low = [min(returns[step]) for step in x]
+            high = [max(returns[step]) for step in x]
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
     axes.legend(fontsize="small")
     figure.savefig(picture, dpi=150)

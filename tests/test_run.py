@@ -592,6 +592,22 @@ def test_help_into_a_closed_pipe_is_no_error():
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_learning_curves_of_several_seeds_are_their_mean_in_a_band(tmp_path, monkeypatch):
+    """Seed 1 has seen no episode end in the first update; a run of one seed is a line alone."""
+    drawn = []
+    monkeypatch.setattr(common.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    several = {(10, 0): 1.0, (10, 1): "", (20, 0): 2.0, (20, 1): 4.0, (20, 2): 9.0}
+    rows = [{"env_steps": step, "seed": seed, "return_mean": x} for (step, seed), x in several.items()]
+    alone = [{"env_steps": 10, "seed": 3, "return_mean": -1.0}, {"env_steps": 20, "seed": 3, "return_mean": -2.0}]
+    common.plot_learning_curves({"many": rows, "_one": alone}, tmp_path / "picture.png")
+    (axes,) = drawn
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[10, 1], [20, 5]], [[10, -1], [20, -2]]]
+    assert [line.get_label() for line in axes.lines] == ["many, mean and range of 3 seeds", "one, seed 3"]
+    (band,) = axes.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(10.0, 1.0), (20.0, 2.0), (20.0, 9.0)}
+
+
 def test_names_are_drawn_as_they_are_and_a_picture_that_fails_costs_a_warning(
     compiled_once, tmp_path, monkeypatch, capsys
 ):
