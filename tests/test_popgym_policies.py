@@ -6,15 +6,27 @@ observations, and their own actions) and need memory to score; the same object p
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
-import jax
 import numpy as np
 import pytest
 from conftest import fast_jit
 
 import popgym_jax
+from benchmarks.popgym_limits import Games, Play, play
+from benchmarks.popgym_policies import (
+    UNSEEN,
+    Count,
+    CountCards,
+    FilterCartPole,
+    FlipPairs,
+    IntegrateCartPole,
+    Random,
+    RecallFirst,
+    RecallPrevious,
+    Recite,
+)
 from popgym_jax.registration import FAMILIES, family_and_level
 from tests.reference import flat_observations, make_reference, raw_action
 
@@ -24,101 +36,16 @@ THEIRS = 150  # environments of the reference
 LIMIT = 4  # standard errors
 
 
-class Play(NamedTuple):
-    """Undiscounted return and number of steps of B episodes, float64 (B,)."""
-
-    returns: np.ndarray
-    lengths: np.ndarray
-
-
 # ---------------------------------------------------------------- policies
 
 
-class Random:
-    """Uniform over the action space."""
-
-    def __init__(self, space: gymnasium.Space):
-        self.space, self.rng = space, np.random.default_rng(1)
-
-    def reset(self, batch: int) -> None:
-        pass
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        if isinstance(self.space, gymnasium.spaces.Box):
-            return self.rng.uniform(self.space.low, self.space.high, (len(obs), 1)).astype(np.float32)
-        return self.rng.integers(self.space.n, size=len(obs))
-
-
-class RecallFirst:
-    """RepeatFirst: what was seen first."""
-
-    def reset(self, batch: int) -> None:
-        self.first: Any = None
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        if self.first is None:
-            self.first = obs.argmax(1)
-        return self.first
-
-
-class RecallPrevious:
-    """RepeatPrevious: what was seen `lag` observations ago."""
-
-    def __init__(self, lag: int):
-        self.lag = lag
-
-    def reset(self, batch: int) -> None:
-        self.seen: list[np.ndarray] = []
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        self.seen.append(obs.argmax(1))
-        return self.seen[max(0, len(self.seen) - 1 - self.lag)]
-
-
-class Recite:
-    """Autoencode: a stack of suits, filled up to and including the first observation that says PLAY, then emptied."""
-
-    def reset(self, batch: int) -> None:
-        self.stack: list[np.ndarray] = []
-        self.playing = False
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        if not self.playing:
-            self.stack.append(obs[:, 2:].argmax(1))
-        self.playing |= bool(obs[0, 0])  # all decks have one size, so all turn to PLAY together
-        return self.stack.pop() if self.playing and self.stack else np.zeros(len(obs), int)
-
-
-class Count:
-    """CountRecall: counts the values, the current one included unless `late`."""
-
-    def __init__(self, late: bool = False):
-        self.late = late
-
-    def reset(self, batch: int) -> None:
-        self.counts: Any = 0
+class CountLate(Count):
+    """CountRecall: without the current value."""
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         value, query = np.split(obs.astype(int), 2, axis=1)
         before, self.counts = self.counts, self.counts + value
-        return np.sum((before if self.late else self.counts) * query, axis=1)
-
-
-class CountCards:
-    """HigherLower: the side on which more cards are left."""
-
-    def __init__(self, num_decks: int):
-        self.num_decks = num_decks
-
-    def reset(self, batch: int) -> None:
-        self.left = np.full((batch, 13), 4 * self.num_decks)
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        rank = obs.argmax(1)[:, None]
-        self.left -= obs.astype(int)
-        higher = np.sum(self.left * (np.arange(13) > rank), axis=1)
-        lower = np.sum(self.left * (np.arange(13) < rank), axis=1)
-        return np.where(higher >= lower, 0, 1)
+        return np.sum(before * query, axis=1)
 
 
 def around(board: np.ndarray, corners: bool) -> np.ndarray:
@@ -152,38 +79,12 @@ class HuntShips:
         return action
 
 
-class FlipPairs:
-    """Concentration: turns up a pair that it remembers, else a card never seen; forgets all where `forgetful`."""
+class FlipForgotten(FlipPairs):
+    """Concentration: as if nothing had been seen but what is in view."""
 
-    def __init__(self, positions: int, forgetful: bool = False):
-        self.positions, self.forgetful = positions, forgetful
-
-    def reset(self, batch: int) -> None:
-        self.seen: Any = None
-        self.matched = np.zeros((batch, self.positions), bool)
-        self.flips: list[np.ndarray] = []  # of the current pair
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        view = obs.reshape(len(obs), self.positions, -1)[:, :, :-1].astype(bool)  # the last value is a card's back
-        everyone = np.arange(len(obs))
-        self.seen = view if self.seen is None or self.forgetful else self.seen | view
-        if len(self.flips) == 2:
-            first, second = self.flips
-            same = (view[everyone, first] & view[everyone, second]).any(1)
-            self.matched[everyone, first] |= same
-            self.matched[everyone, second] |= same
-            self.flips = []
-        open_cards = self.seen & ~self.matched[:, :, None]  # (B, positions, values)
-        unknown = ~(self.seen.any(2) | self.matched)
-        if self.flips:
-            wanted = (open_cards & open_cards[everyone, self.flips[0]][:, None]).any(2)
-            wanted[everyone, self.flips[0]] = False
-            unknown[everyone, self.flips[0]] = False
-        else:
-            wanted = (open_cards & (open_cards.sum(1) >= 2)[:, None]).any(2)
-        action = np.where(wanted.any(1), wanted.argmax(1), unknown.argmax(1))
-        self.flips.append(action)
-        return action
+    def remember(self, obs: np.ndarray) -> None:
+        self.kind[:] = UNSEEN
+        super().remember(obs)
 
 
 class SweepMines:
@@ -232,52 +133,12 @@ class ExploreThenCommit:
         return np.full(len(obs), arm) if arm < self.arms else self.paid.argmax(1)
 
 
-def push(x: np.ndarray, x_dot: np.ndarray, theta: np.ndarray, theta_dot: np.ndarray) -> np.ndarray:
-    """Balances a CartPole of which the state is known, (B,) each."""
-    return (0.5 * x + x_dot + 10 * theta + 2 * theta_dot > 0).astype(int)
+class IntegrateNothing(IntegrateCartPole):
+    """VelocityOnlyCartPole: as if the position stayed in the middle."""
 
-
-class FilterCartPole:
-    """(Noisy)PositionOnlyCartPole: a Kalman filter for the linearised cart and pole, then `push`."""
-
-    def __init__(self, sigma: float):
-        self.variance = sigma**2
-        pole, share = 0.5 * (4 / 3 - 0.1 / 1.1), 0.05 / 1.1  # theta_ddot = (9.8 theta - f) / pole, f = +-10 / 1.1
-        self.A = np.eye(4) + 0.02 * np.array(
-            [[0, 1, 0, 0], [0, 0, -share * 9.8 / pole, 0], [0, 0, 0, 1], [0, 0, 9.8 / pole, 0]]
-        )
-        self.force = 0.02 * 10 / 1.1 * np.array([0, 1 + share / pole, 0, -1 / pole])
-        self.C = np.eye(4)[::2]
-
-    def reset(self, batch: int) -> None:
-        self.state, self.P = np.zeros((batch, 4)), 0.05**2 / 3 * np.eye(4)
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        gain = self.P @ self.C.T @ np.linalg.inv(self.C @ self.P @ self.C.T + self.variance * np.eye(2))
-        state = self.state + (obs - self.state @ self.C.T) @ gain.T
-        action = push(*state.T)
-        self.state = state @ self.A.T + np.where(action == 1, 1, -1)[:, None] * self.force
-        self.P = self.A @ (self.P - gain @ self.C @ self.P) @ self.A.T + 1e-6 * np.eye(4)
-        return action
-
-
-class IntegrateCartPole:
-    """VelocityOnlyCartPole: the first observation is the position, later ones are sums of velocities."""
-
-    def __init__(self, forgetful: bool = False):
-        self.forgetful = forgetful
-
-    def reset(self, batch: int) -> None:
-        self.position: Any = None
-
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        if self.position is None:
-            self.position, self.velocity = obs, np.zeros_like(obs)
-        else:
-            self.position = np.zeros_like(obs) if self.forgetful else self.position + 0.02 * self.velocity
-            self.velocity = obs
-        (x, theta), (x_dot, theta_dot) = self.position.T, self.velocity.T
-        return push(x, x_dot, theta, theta_dot)
+    def locate(self, obs: np.ndarray) -> None:
+        super().locate(obs)
+        self.position = np.zeros_like(self.position)
 
 
 class SwingUp:
@@ -360,7 +221,7 @@ class DepthFirst:
 POLICIES: dict[str, tuple[Callable[[], Any], ...]] = {
     "Autoencode": (Recite,) * 3,
     "Battleship": tuple(functools.partial(HuntShips, size) for size in (8, 10, 12)),
-    "Concentration": tuple(functools.partial(FlipPairs, positions) for positions in (52, 104, 52)),
+    "Concentration": tuple(functools.partial(FlipPairs, *cards) for cards in ((52, 2), (104, 2), (52, 13))),
     "CountRecall": (Count,) * 3,
     "HigherLower": tuple(functools.partial(CountCards, num_decks) for num_decks in (1, 2, 3)),
     "LabyrinthEscape": (DepthFirst,) * 3,
@@ -383,33 +244,8 @@ PERFECT = ("Autoencode", "CountRecall", "RepeatFirst", "RepeatPrevious")  # retu
 # ---------------------------------------------------------------- both sides
 
 
-class Ours:
-    """OURS environments of popgym_jax; finished ones go on, unused, with `step_env`."""
-
-    def __init__(self, name: str):
-        self.size = OURS
-        env, params = popgym_jax.make(name)
-        self.resets = fast_jit(lambda key: jax.vmap(env.reset_env, (0, None))(jax.random.split(key, OURS), params))
-
-        @fast_jit
-        def steps(key, state, action):
-            def step(key, state, action):
-                obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
-                return obs, state, reward, terminated | env.is_truncated(state, params)
-
-            key, key_now = jax.random.split(key)
-            return key, *jax.vmap(step)(jax.random.split(key_now, OURS), state, action)
-
-        self.steps = steps
-
-    def reset(self, seed: int) -> np.ndarray:
-        self.key, key = jax.random.split(jax.random.key(seed))
-        obs, self.state = self.resets(key)
-        return np.asarray(obs)
-
-    def step(self, action: np.ndarray, alive: np.ndarray) -> tuple[np.ndarray, ...]:
-        self.key, obs, self.state, reward, done = self.steps(self.key, self.state, action)
-        return np.asarray(obs), np.asarray(reward), np.asarray(done)
+def Ours(name: str) -> Games:
+    return Games(name, OURS, fast_jit)
 
 
 class Theirs:
@@ -433,19 +269,6 @@ class Theirs:
 
 
 side = functools.cache(lambda kind, name: kind(name))
-
-
-def play(side: Ours | Theirs, policy: Any, seed: int) -> Play:
-    """One episode of each of the side's environments."""
-    policy.reset(side.size)
-    obs, alive = side.reset(seed), np.ones(side.size, bool)
-    returns, lengths = np.zeros((2, side.size))
-    while alive.any():
-        obs, reward, done = side.step(policy.act(obs), alive)
-        returns += np.where(alive, reward, 0)
-        lengths += alive
-        alive &= ~done
-    return Play(returns, lengths)
 
 
 def scripted(name: str) -> Any:
@@ -574,11 +397,11 @@ def test_random_policy_scores_what_it_scores_in_the_reference(name):
     [
         ("RepeatPreviousEasy", RecallPrevious(4)),
         ("RepeatPreviousHard", RecallPrevious(62)),
-        ("CountRecallEasy", Count(late=True)),
-        ("CountRecallHard", Count(late=True)),
-        ("ConcentrationEasy", FlipPairs(52, forgetful=True)),
+        ("CountRecallEasy", CountLate()),
+        ("CountRecallHard", CountLate()),
+        ("ConcentrationEasy", FlipForgotten(52, 2)),
         ("LabyrinthEscapeEasy", DepthFirst(centred=True)),
-        ("VelocityOnlyCartPoleHard", IntegrateCartPole(forgetful=True)),
+        ("VelocityOnlyCartPoleHard", IntegrateNothing()),
         ("NoisyPositionOnlyPendulumHard", SwingUp(1, 20)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
