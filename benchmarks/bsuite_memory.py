@@ -6,17 +6,21 @@
 
 Its return, wall time and memory. Without --speed it trains lengths x presets x memories x seeds,
 one after the other, and keeps a row a run in runs.csv. A finished run is not repeated and a stopped
-one is resumed, so the same command goes on where it was interrupted. With --speed it measures
-nothing but steps a second and memory, in turn and for some seconds each, into speed.csv: run it on
-an idle machine. Both draw memory.png from all that the two files hold. Its wall time is that of all
-episodes of the preset at the measured speed, compilation included; a hollow mark is an
-extrapolation, where no run of that length was made. Memory is what the compiled program allocates.
+one is resumed, so the same command goes on where it was interrupted. Flags after ``--`` go to
+a2c_s5_bsuite.py: ``-- --adam-eps 1e-8``.
+With --speed it measures nothing but steps a second and memory, in turn and for some seconds each,
+into speed.csv: run it on an idle machine. Both draw memory.png from all that the two files hold.
+Its wall time is that of all episodes of the preset at the measured speed, compilation included; a
+hollow mark is an extrapolation, where no run of that length was made. Memory is what the compiled
+program allocates.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import a2c_s5_bsuite as a2c  # noqa: E402
+import s5_common as common  # noqa: E402
 from benchmarks.collect import (  # noqa: E402
     finished_run,
     keep_rows,
@@ -68,11 +73,11 @@ class Args:
     """where runs, CSVs and picture go"""
 
 
-def train(args: Args, preset: str, arch: str, length: int, seed: int) -> Row:
+def train(args: Args, preset: str, arch: str, length: int, seed: int, flags: Sequence[str] = ()) -> Row:
     """Train if need be; the row of the finished run."""
     run_dir = Path(args.out) / f"{preset}__{arch}__{length}__s{seed}"
-    flags = ["--preset", preset, "--arch", arch, "--memory-length", length, "--seed", seed]
-    summary = finished_run("a2c_s5_bsuite.py", run_dir, flags)
+    own = ["--preset", preset, "--arch", arch, "--memory-length", length, "--seed", seed]
+    summary = finished_run("a2c_s5_bsuite.py", run_dir, [*own, *flags])
     rows = read_rows(run_dir / "metrics.csv")
     late = [float(row["return_mean"]) for row in rows[-len(rows) // 10 :]]
     first_perfect = {"episodes_to_1": "", "steps_to_1": "", "minutes_to_1": ""}
@@ -205,8 +210,10 @@ def wall_seconds(row: Row) -> float:
     return float(row["compile_seconds"]) + steps / float(row["steps_per_second"])
 
 
-def main() -> None:
-    args, _ = parse_args(Args)
+def main() -> int:
+    args, flags = parse_args(Args)
+    if args.speed and flags:
+        raise common.UsageError(f"--speed: not together with flags for the script, -- {shlex.join(flags)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for length in args.lengths:
@@ -218,11 +225,12 @@ def main() -> None:
                     keep_rows(out / "speed.csv", [row], ("preset", "arch", "length"))
                 else:
                     for seed in args.seeds:
-                        row = train(args, preset, arch, length, seed)
+                        row = train(args, preset, arch, length, seed, flags)
                         print_row(row)
                         keep_rows(out / "runs.csv", [row], ("preset", "arch", "length", "seed"))
     draw(out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.run_main(main))

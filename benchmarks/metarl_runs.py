@@ -8,7 +8,7 @@ A run that is finished is not repeated and one that was stopped is resumed, so t
 goes on where it was interrupted. Flags after ``--`` go to the script; give such runs a --name of
 their own. With ``-- --num-seeds 3`` a run is three agents in one program, which compiles once.
 results.csv has a row for each agent and task with its final evaluation. The in-context curves of
-all runs of a list are drawn into one picture.
+all finished runs of a list with these memories are drawn into one picture, those of other --seeds too.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def run(args: Args, flags: list[str], tasks: str, arch: str, seed: int, core: in
 
 
 def draw(args: Args, tasks: str) -> None:
-    """The in-context curves and the learning curves of all runs of a task list."""
+    """The in-context curves and the learning curves of all finished runs of a task list."""
     in_context: dict[str, list] = {}
     learning: dict[str, list] = {}
     for arch in args.archs:
         in_context[arch] = []
         learning[arch] = []
-        for seed in args.seeds:
-            run_dir = directory(args, tasks, arch, seed)
+        runs = sorted(Path(args.out).glob(f"{label(args, tasks)}__{arch}__s*/summary.json"))
+        for run_dir in [summary.parent for summary in runs]:
             in_context[arch] += read_rows(run_dir / "evaluation.csv")
             learning[arch] += read_rows(run_dir / "metrics.csv")
     out = Path(args.out)

@@ -471,6 +471,12 @@ def test_a_directory_that_is_no_sweep_is_left_alone(quick_sweeps, tmp_path, caps
 # ---------------------------------------------------------------- benchmark
 
 
+def test_memory_benchmark_takes_flags_for_the_script_only_where_it_trains(tmp_path, capsys):
+    run_here(bsuite_memory.main, "--speed", "--", "--adam-eps", 1e-8, cwd=tmp_path, code=2)
+    assert capsys.readouterr().err == "error: --speed: not together with flags for the script, -- --adam-eps 1e-08\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_memory_benchmark_measures_resumes_and_draws(tmp_path):
     args = bsuite_memory.Args(out=str(tmp_path), seconds=0.0)
