@@ -45,7 +45,7 @@ def test_the_reference_policy_is_far_better_than_chance_and_within_what_is_possi
 @pytest.mark.parametrize("name", EASY)
 def test_the_table_says_what_the_policies_score(name):
     if name not in TABLE:
-        pytest.skip("not played yet")
+        pytest.skip("no limit yet")
     row = TABLE[name]
     for returns, policy in zip(plays(name), ("random", "limit"), strict=True):
         error = returns.std() / np.sqrt(EPISODES) + float(row[f"{policy}_se"])
