@@ -26,8 +26,14 @@ def make(name: str) -> Any:
 
 
 def projected(name: str) -> Any:
-    """All three wrappers; to 4 features, as a whole projection of 728 would take long."""
-    return EpisodeStatistics(PreviousActionAndStart(RandomProjection(make(name), 4)))
+    """All three wrappers; to 4 features, as a whole projection of 728 would take long.
+
+    A meta-environment has its projection already, inside of its trials.
+    """
+    env = make(name)
+    if name not in popgym_jax.meta_envs:
+        env = RandomProjection(env, 4)
+    return EpisodeStatistics(PreviousActionAndStart(env))
 
 
 def play_some(env: Any, reset: Any, step: Any, words: Any, actions: Any, ends: Any) -> Any:

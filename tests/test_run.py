@@ -513,7 +513,7 @@ BAD = {
     "--encoder-layers 16 0": ("--encoder-layers", "0"),
     "--attention-window 0": ("--attention-window 0",),
     "--arch attention --s5-width 12": ("--s5-width 12", "multiple of 8"),
-    "--arch lstm": ("--arch", "lstm", "s5-noreset"),
+    "--arch rnn": ("--arch", "rnn", "s5-noreset"),
     "--preset fast": ("--preset", "fast", "paper"),
     "--anneal-lr maybe": ("maybe",),
     "--checkpoint-interval 0": ("--checkpoint-interval 0",),
