@@ -148,30 +148,25 @@ def _scan_sequential(reverse, Lambda_bar, drive, keep, carry):
     return states
 
 
-def _compose(a, b):
-    a_transition, a_drive = a
-    b_transition, b_drive = b
-    return b_transition * a_transition, b_transition * a_drive + b_drive
-
-
 def _scan_parallel(reverse, Lambda_bar, drive, keep, carry):
     transition = keep[..., None] * packed_to_complex(Lambda_bar)  # (T, B, P)
-    drive = packed_to_complex(drive)  # (T, B, P)
-    first = -1 if reverse else 0
-    drive = drive.at[first].add(transition[first] * packed_to_complex(carry))
-    _, states = lax.associative_scan(_compose, (transition, drive), reverse=reverse)
+    states = _gated_parallel(reverse, transition, packed_to_complex(drive), packed_to_complex(carry))
     return complex_to_packed(states)
 
 
-def _scan(*operands, reverse=False):
-    """The recurrence in the form that suits the platform it is lowered for.
+def _by_platform(sequential, parallel, reverse, operands):
+    """A recurrence in the form that suits the platform it is lowered for.
 
     A loop over time costs a CPU about 2 microseconds a step, less than one pass of a parallel scan;
     on an accelerator every iteration is a kernel launch, so there it is log2(T) parallel passes.
     """
-    sequential = partial(_scan_sequential, reverse)
-    parallel = partial(_scan_parallel, reverse)
-    return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
+    in_turn = partial(sequential, reverse)
+    at_once = partial(parallel, reverse)
+    return lax.platform_dependent(*operands, cpu=in_turn, default=at_once)
+
+
+def _scan(*operands, reverse=False):
+    return _by_platform(_scan_sequential, _scan_parallel, reverse, operands)
 
 
 @jax.custom_vjp
@@ -233,16 +228,19 @@ def _gated_sequential(reverse, gate, drive, carry):
 
 
 def _gated_parallel(reverse, gate, drive, carry):
+    def compose(a, b):
+        a_gate, a_drive = a
+        b_gate, b_drive = b
+        return b_gate * a_gate, b_gate * a_drive + b_drive
+
     first = -1 if reverse else 0
     drive = drive.at[first].add(gate[first] * carry)
-    _, states = lax.associative_scan(_compose, (gate, drive), reverse=reverse)
+    _, states = lax.associative_scan(compose, (gate, drive), reverse=reverse)
     return states
 
 
 def _gated_scan(*operands, reverse=False):
-    sequential = partial(_gated_sequential, reverse)
-    parallel = partial(_gated_parallel, reverse)
-    return lax.platform_dependent(*operands, cpu=sequential, default=parallel)
+    return _by_platform(_gated_sequential, _gated_parallel, reverse, operands)
 
 
 @jax.custom_vjp

@@ -12,6 +12,7 @@ and one that was stopped is resumed. Flags after ``--`` go to the script. In the
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +98,7 @@ def row_of(args: Args, task: str, arch: str, seed: int) -> dict[str, Any]:
     """A row of the table, of a finished run."""
     script = TASKS[task].script
     run_dir = run_dir_of(args, task, arch, seed)
-    summary = finished_run(f"{script.__name__}.py", run_dir, [])
+    summary = json.loads((run_dir / "summary.json").read_text())
     returns = [float(row["return_mean"]) for row in read_rows(run_dir / "metrics.csv") if row["return_mean"]]
     last = returns[-max(1, len(returns) // 10) :]
     parameters, floats = sizes(script, run_dir)

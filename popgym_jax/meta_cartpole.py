@@ -29,15 +29,9 @@ class MetaStatelessCartPole(Trials):
         right or to the left.
     Reward: +1/200 on every step, float32 (), so that a perfect trial is worth 1.
     Return: between 0 and num_trials; random about 0.112 num_trials.
-    Trial: ends when |x| > 2.4 or |theta| > 12 degrees, or after 200 steps. The next
-        one begins within the same step: the observation of a step that ends a trial
-        is the first of the next one, with flag 1 and the last reward of the old
-        one. Its state is drawn afresh.
-    End: terminated with the last trial, never truncated. The agent is told
-        beforehand how many trials there are, in the sense that they are always as
-        many, and nothing comes after them, so the value there is 0; a trial's own
-        time limit cuts nothing off, as more trials follow.
-        info["final_observation"] is then the first of a trial that is not played.
+    Trial: ends when |x| > 2.4 or |theta| > 12 degrees, or after 200 steps. The state of
+        the next one is drawn afresh.
+    How one trial follows another, and how the last one ends: see Trials.
 
     num_trials: trials of a meta-episode
     max_trial_length: steps of a trial, whose inverse is the reward
