@@ -373,11 +373,14 @@ class ParticleFilter:
 
     Weighed with the exact likelihood of clipped observations, then resampled. A kernel that keeps mean and covariance
     tells equal particles apart (Liu and West 2001, "Combined parameter and state estimation in simulation-based
-    filtering"). A subclass says how an episode begins, what is seen, and what is done.
+    filtering"). Noise of a fixed size besides keeps a belief that has become too sure of itself from losing the state
+    for good (Gordon et al. 1993, "Novel approach to nonlinear/non-Gaussian Bayesian state estimation": roughening).
+    A subclass says how an episode begins, what is seen, and what is done.
     """
 
-    PARTICLES = 128
+    PARTICLES = 512
     KERNEL = 0.2  # standard deviation of the kernel, in those of the particles
+    ROUGHNESS: np.ndarray  # standard deviation of the noise besides, (d,)
 
     def __init__(self, sigma: float):
         self.sigma = sigma
@@ -404,7 +407,7 @@ class ParticleFilter:
         weight = jax.nn.softmax(self.log_likelihood(belief.states, obs), axis=1)
         states = jax.vmap(resampled)(jax.random.split(key_resample, len(obs)), belief.states, weight)
         keys = jax.random.split(key_spread, len(obs))
-        states = jax.vmap(functools.partial(spread, kernel=self.KERNEL))(keys, states)
+        states = jax.vmap(functools.partial(spread, kernel=self.KERNEL, roughness=self.ROUGHNESS))(keys, states)
         action, states = self.decide(states, *context)
         return Particles(states=states, key=key), action
 
@@ -425,19 +428,20 @@ def resampled(key: jax.Array, states: jax.Array, weight: jax.Array) -> jax.Array
     return states[jnp.minimum(chosen, n - 1)]
 
 
-def spread(key: jax.Array, states: jax.Array, kernel: float) -> jax.Array:
-    """States (n, d) drawn towards their mean and then disturbed: other states of the same mean and covariance."""
+def spread(key: jax.Array, states: jax.Array, kernel: float, roughness: np.ndarray) -> jax.Array:
+    """States (n, d) drawn towards their mean and then disturbed: other states of the same mean and covariance, and
+    `roughness` (d,) on top."""
     mean = states.mean(0)
     away = states - mean
-    covariance = away.T @ away / len(states) + 1e-9 * jnp.eye(states.shape[1])
+    covariance = kernel**2 * away.T @ away / len(states) + jnp.diag(roughness**2)
     noise = jax.random.normal(key, states.shape) @ jnp.linalg.cholesky(covariance).T
-    return mean + jnp.sqrt(1 - kernel**2) * away + kernel * noise
+    return mean + jnp.sqrt(1 - kernel**2) * away + noise
 
 
 class GuessCartPole(ParticleFilter):
     """NoisyPositionOnlyCartPole: particles that know that the pole has not fallen, and a push for their mean."""
 
-    PARTICLES = 256
+    ROUGHNESS = np.array([0.001, 0.005, 0.001, 0.005])
     LEAN = np.array([0.2, 0.5, 10.0, 1.0])  # about where the pole will be in 0.1 s: an angle must not grow
 
     def first_states(self, key: jax.Array, obs: jax.Array) -> jax.Array:
@@ -539,7 +543,8 @@ class PlanPendulum:
 class GuessPendulum(ParticleFilter):
     """NoisyPositionOnlyPendulum: a particle filter, and the torque with the least cost to go, averaged over it."""
 
-    THINNING = 2  # of so many particles one is asked for the best torque
+    ROUGHNESS = np.array([0.005, 0.02])
+    THINNING = 8  # of so many particles one is asked for the best torque
     TORQUES = 17
 
     def __init__(self, sigma: float, length: int):

@@ -10,6 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Set before jax is imported, and inherited by the processes that tests start. Most of the tests' time is compilation:
+# what is compiled stays for other processes and for the next run. Two workers that share all cores disturb each other.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gw0, gw1, ...
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +48,11 @@ TINY: dict[str, Any] = {
     "checkpoint_interval": 10,
     "eval_episodes": 8,
 }
+
+
+def others_slow(values: Any, *quick: Any) -> list[Any]:
+    """Parameters of a test that does the same for each: all but these are left to the slow tests."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def tiny_args(**flags: Any) -> ppo.Args:
@@ -187,10 +200,10 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A family of POPGym is one piece of code in three sizes: the default run plays the Easy ones, the slow tests are
-    the same ones for the others."""
+    the same ones for the Hard ones, and those in between are left to whoever asks for everything."""
     for item in items:
-        if item.path.name.startswith("test_popgym") and re.search(r"\[.*(Medium|Hard)", item.name):
-            item.add_marker(pytest.mark.slow)
+        if item.path.name.startswith("test_popgym") and (size := re.search(r"\[.*(Medium|Hard)", item.name)):
+            item.add_marker(pytest.mark.slow if size[1] == "Hard" else pytest.mark.exhaustive)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -202,7 +215,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lockstep-report", help="append a CSV row for each id and direction to this file")
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=others_slow(ARCHS, "s5", "s5-noreset", "lru", "mingru", "attention"))
 def net(request: pytest.FixtureRequest) -> Net:
     return cached_net(request.param)
 

@@ -16,7 +16,7 @@ import pytest
 from bsuite.environments import bandit, catch, deep_sea, discounting_chain, memory_chain, umbrella_chain
 from bsuite.experiments import summary_analysis
 from bsuite.logging import csv_load
-from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, run_here, start_script
+from conftest import ROOT, TWO_DEVICES, as_flags, assert_refused, fast_jit, finish, others_slow, run_here, start_script
 
 import a2c_s5_bsuite as a2c
 import s5_common as common
@@ -70,7 +70,7 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", a2c.TASKS)
+@pytest.mark.parametrize("name", others_slow(a2c.TASKS, "MemoryChain", "UmbrellaChain"))
 def test_environment_is_bsuites_step_for_step(name):
     """Equal hidden state at the start, equal actions: equal observations, rewards and ends. Random rewards and
     distractors of UmbrellaChain have to be possible ones; all else in it has to be equal."""
@@ -181,7 +181,7 @@ def play_two_segments(arch="s5", T=4):
     return setup, [(runner, first, value), (middle, *collect(middle)[1:])]
 
 
-@pytest.mark.parametrize("arch", ["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"])
+@pytest.mark.parametrize("arch", others_slow(["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"], "s5", "lstm"))
 def test_acting_and_learning_see_the_same_network(arch):
     """The learner's scan from the carry stored at a segment's start gives what step by step acting gives."""
     setup, played = play_two_segments(arch)
@@ -222,6 +222,7 @@ def test_gain_makes_slow_states_hear_as_loudly_as_fast_ones():
     assert size[False][-1] > 20 * size[False][0] and size[True].max() < 4 * size[True].min()
 
 
+@pytest.mark.slow
 def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
     """What the learner gets, in order: 32 steps from the start of an episode, then the 9 that are left of it."""
     args = dataclasses.replace(a2c.Args(**a2c.PRESETS["paper"]), memory_length=40, num_episodes=3, num_rows=1)
@@ -250,7 +251,7 @@ def test_segments_never_mix_episodes_at_the_paper_preset(monkeypatch):
     assert int(runner.finished) == 3 and (abs(np.asarray(runner.history)) == 1).all()
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("last", others_slow([True, False], True))
 def test_what_follows_a_segment_is_worth_its_value_and_nothing_after_the_end(monkeypatch, last):
     setup, ((runner, _, value), _) = play_two_segments()
     given = []

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+from conftest import others_slow
 from reference.control import TASKS, Played, flat, hidden_of, load, play
 from scipy.stats import ks_2samp
 
@@ -177,13 +178,11 @@ def start_of(name: str, env: Any) -> tuple[np.ndarray, ...]:
     return np.array(data.qpos), np.array(data.qvel), np.array(data.qacc_warmstart), hidden_of(name, env)
 
 
-def one_of_a_family():
-    """Of two tasks whose targets differ in size the second is slow."""
-    for name in NAMES:
-        yield pytest.param(name, marks=[pytest.mark.slow] if name in ("FingerTurnEasy", "ReacherHard") else [])
+# one of each domain; the others differ from it in where they start, what is hidden and what is paid
+QUICK = ("BallInCup", "CartpoleSwingup", "FingerSpin", "PendulumSwingup", "PointMassHard", "ReacherEasy")
 
 
-@pytest.mark.parametrize("name", one_of_a_family())
+@pytest.mark.parametrize("name", others_slow(NAMES, *QUICK))
 def test_a_step_is_dm_controls(name, request):
     episodes = request.config.getoption("--control-episodes")
     played = episodes_of(name, episodes, steps=1000 if episodes > 4 else 500)
@@ -217,7 +216,9 @@ def test_a_step_on_an_accelerators_engine_is_dm_controls(name):
     assert max(found[part] for part in ("position", "velocity", "observation")) < TOLERANCE["mjx"], found
 
 
-@pytest.mark.parametrize("name", ["BallInCup", "CartpoleSwingup", "FingerSpin", "PointMassHard", "ReacherEasy"])
+@pytest.mark.parametrize(
+    "name", others_slow(["BallInCup", "CartpoleSwingup", "FingerSpin", "PointMassHard", "ReacherEasy"], "BallInCup")
+)
 def test_a_whole_episode_is_dm_controls(name):
     """From the same start, with the same actions, on our own numbers all the way, until rounding has grown."""
     env, params = control_jax.make(name)
@@ -370,7 +371,7 @@ def our_states(name: str, draws: int) -> control_jax.EnvState:
     return jax.jit(jax.vmap(env.reset_env, (0, None)))(jax.random.split(jax.random.PRNGKey(6), draws), params)[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, *QUICK))
 def test_starts_are_distributed_as_dm_controls(name, request):
     draws = 100 * request.config.getoption("--control-episodes")
     draws = max(draws, 1_000)
@@ -406,7 +407,7 @@ def test_a_biased_start_is_found(bias):
 # ---- as an environment -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, *QUICK))
 def test_an_episode_ends_after_1000_steps_and_another_begins(name):
     env, params = control_jax.make(name)
     _, state = env.reset(jax.random.PRNGKey(0), params)
@@ -447,6 +448,7 @@ def test_engines_and_names_that_do_not_exist_are_refused():
         control_jax.make("BallInCup", "closed_form")
 
 
+@pytest.mark.slow
 def test_many_steps_of_the_c_engine_in_one_program_do_not_block():
     """Two simulators at once in a scan, under vmap over seeds: thousands of calls out of the program."""
     (cup, params), (finger, _) = control_jax.make("BallInCup", "c"), control_jax.make("FingerSpin", "c")

@@ -153,6 +153,7 @@ def test_starts_projections_actions_rewards_and_samples_of_a_run_are_independent
         assert len(np.unique(values.reshape(10_000, -1), axis=0)) > 9_950, name
 
 
+@pytest.mark.slow
 def test_a_key_that_two_draws_of_a_run_share_is_found(monkeypatch):
     """A step and the reset that follows it get the same key."""
     split = jax.random.split

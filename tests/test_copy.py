@@ -50,6 +50,7 @@ def test_a_changed_script_trains(title, diff, tmp_path):
     assert len(metrics.splitlines()) == 3 and ("weight_norm" in metrics) == ("weight_norm" in diff)
 
 
+@pytest.mark.slow
 def test_the_example_plays_an_episode_of_a_trained_agent(tmp_path, capsys):
     run_here(ppo.main, *tiny_flags(total_timesteps=128, run_dir="run"), cwd=tmp_path)
     capsys.readouterr()

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import assert_refused, fast_jit, run_here, tiny_args, tiny_flags
+from conftest import assert_refused, fast_jit, others_slow, run_here, tiny_args, tiny_flags
 
 import popgym_jax
 import ppo_s5_popgym as ppo
@@ -40,7 +40,7 @@ def test_the_t_maze_pays_who_turns_to_the_side_that_was_shown(action):
     assert sides == {0, 1}
 
 
-@pytest.mark.parametrize("env", [EXAMPLES[0], *(pytest.param(env, marks=pytest.mark.slow) for env in EXAMPLES[1:])])
+@pytest.mark.parametrize("env", others_slow(EXAMPLES))
 def test_an_example_is_trained_and_its_run_resumed(env, tmp_path, capsys):
     flags = tiny_flags(env=env, arch="mlp", total_timesteps=256, run_dir="run")
     run_here(ppo.main, *flags, cwd=tmp_path)
@@ -56,6 +56,7 @@ def test_cartpole_without_velocities_shows_two_features():
     np.testing.assert_allclose(obs, [state.x, state.theta])
 
 
+@pytest.mark.slow
 def test_what_the_masked_pendulum_hides_are_the_velocities_and_actions_are_clipped():
     env, params = masked_velocities.make()
     step = fast_jit(env.step_env)
@@ -152,6 +153,7 @@ def test_what_does_not_fit_is_said_in_one_line(env, words, tmp_path, tmp_path_fa
     assert_refused(ppo.main, tiny_flags(env=env), words, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "mine_alone.py").write_text("from examples.own_environment import t_maze\n")
     monkeypatch.setattr(sys, "path", list(sys.path))

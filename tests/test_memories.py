@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ARCHS, RESETTING, Net, as_flags, cached_net, fast_jit, random_sequence
+from conftest import ARCHS, RESETTING, Net, as_flags, cached_net, fast_jit, others_slow, random_sequence
 
 import popgym_jax
 from benchmarks import memories
@@ -121,7 +121,7 @@ def test_output_depends_on_exactly_the_episode_so_far(arch):
     np.testing.assert_array_equal(on_carry, expected[1])
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", others_slow([1, 2], 2))
 def test_attention_sees_its_window_and_nothing_older(layers):
     """A layer reads the last W steps, this one included; two layers reach W - 1 steps further."""
     window, length = 5, 16
@@ -156,7 +156,8 @@ def test_memory_reaches_back_to_the_first_step_of_the_episode(arch):
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("discrete", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("discrete", [True, False])
 def test_parameters_are_real_and_the_gradient_reaches_every_one(net: Net, discrete):
     net = cached_net(net.args.arch, discrete=discrete)
     obs, start = random_sequence(13, T, B, net.features)

@@ -353,7 +353,7 @@ def one_update(args):
 def presets_with_memories():
     for preset in muesli.PRESETS:
         for arch in ("s5",) if preset == "plain" else ("s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"):
-            quick = arch == "s5" and preset != "plain"
+            quick = arch == "s5" and preset == "default"
             yield pytest.param(preset, arch, marks=[] if quick else [pytest.mark.slow])
 
 
@@ -432,7 +432,7 @@ def read(path):
 @pytest.mark.parametrize(
     ("suite", "tasks", "held_out"),
     [
-        ("gymnax", "Pendulum-v1", "MountainCarContinuous-v0"),
+        pytest.param("gymnax", "Pendulum-v1", "MountainCarContinuous-v0", marks=pytest.mark.slow),
         pytest.param("dmc", "PendulumSwingup", "PointMassHard", marks=pytest.mark.slow),
         pytest.param("brax", "inverted_pendulum", "fast", marks=pytest.mark.slow),
     ],
@@ -494,6 +494,7 @@ def own_tasks(tmp_path_factory, monkeypatch):
     monkeypatch.syspath_prepend(folder)
 
 
+@pytest.mark.slow
 def test_tasks_of_ones_own_are_trained_evaluated_and_called_by_their_names(own_tasks, tmp_path, capsys):
     flags = TINY | {"arch": "mlp", "suite": "own", "tasks": "own_tasks:pendulum", "eval_tasks": "own_tasks:two"}
     run_here(muesli.main, *as_flags(**flags, run_dir="run"), cwd=tmp_path)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 
 import muesli_s5_metarl as muesli
 
@@ -188,7 +188,10 @@ def test_the_cmpo_loss_pulls_a_gaussian_towards_the_better_samples():
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch, fast_weights", [("s5", 0), ("lstm", 0), ("gru", 0), ("mlp", 0), ("s5", 2)])
+@pytest.mark.parametrize(
+    "arch, fast_weights",
+    [("s5", 2), *(pytest.param(arch, 0, marks=pytest.mark.slow) for arch in ("s5", "lstm", "gru", "mlp"))],
+)
 def test_scan_and_step_give_the_same_latents_with_any_resets(arch, fast_weights):
     args = small_args(arch=arch, s5_layers=2, s5_fast_weights=fast_weights)
     network = muesli.Agent(args, 2, 4)
@@ -363,7 +366,7 @@ def test_the_real_part_of_lambda_stays_negative_and_can_come_back():
 # ---- number types ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"])
+@pytest.mark.parametrize("arch", others_slow(["s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"], "s5"))
 def test_all_types_are_declared(arch):
     """With 64-bit types allowed, set-up and update have those of 32 bits all the same, and nothing in between is wider
     than what optax computes from its count of gradient steps."""
@@ -415,7 +418,7 @@ def learnt():
     return setup, *targets(runner)
 
 
-@pytest.mark.parametrize("retrace_q", [False, True])
+@pytest.mark.parametrize("retrace_q", others_slow([False, True], False))
 def test_the_targets_are_those_of_a_plain_loop(learnt, retrace_q):
     """All are the target network's, which steps through the rollout from a carry of its own and sees what follows."""
     setup, runner, rollout, _, last_obs = learnt

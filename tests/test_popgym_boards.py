@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 from popgym.envs.battleship import Battleship as ReferenceBattleship
 from popgym.envs.minesweeper import HiddenSquare
 from popgym.envs.multiarmed_bandit import MultiarmedBandit as ReferenceBandit
@@ -134,7 +134,7 @@ def ship_p_values(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {name: two_sample_p_value(mine[name], other[name]) for name in mine}
 
 
-@pytest.mark.parametrize("board_size", [8, 12])
+@pytest.mark.parametrize("board_size", others_slow([8, 12], 8))
 def test_ships_lie_as_in_the_reference(board_size):
     env = Battleship(board_size)
     ours = our_ships(env, 8000)
@@ -192,6 +192,7 @@ def sequential_p_value(ships: np.ndarray) -> float:
     return stats.chisquare(counts, expected).pvalue
 
 
+@pytest.mark.slow
 def test_every_ship_is_uniform_over_the_places_that_the_earlier_ones_leave():
     ours, theirs = our_ships(Battleship(4, (3, 3)), 20000), their_ships(4, (3, 3), 6000)
     assert sequential_p_value(theirs) > 1e-3
@@ -199,6 +200,7 @@ def test_every_ship_is_uniform_over_the_places_that_the_earlier_ones_leave():
     assert two_sample_p_value(pairs_of_places(ours), pairs_of_places(theirs)) > 1e-3
 
 
+@pytest.mark.slow
 def test_pair_statistics_see_ships_placed_jointly_uniformly_or_in_another_order():
     pairs = all_pairs_of_places()
     jointly = pairs[np.random.default_rng(5).integers(len(pairs), size=20000)]
@@ -524,6 +526,7 @@ def test_minesweeper_is_truncated_at_its_last_click_only_where_that_neither_wins
 # ---------------------------------------------------------------- VelocityOnlyCartPole
 
 
+@pytest.mark.slow
 def test_velocity_only_cartpole_shows_positions_at_every_start_and_velocities_after():
     env, params = popgym_jax.make("VelocityOnlyCartPoleEasy")
     keys = jax.random.split(jax.random.key(18), 64)

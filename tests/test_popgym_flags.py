@@ -130,9 +130,9 @@ def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "MetaNoisyStatelessCartPole",
+        pytest.param("MetaNoisyStatelessCartPole", marks=pytest.mark.slow),
         pytest.param("NoisyPositionOnlyPendulumEasy", marks=pytest.mark.slow),
-        pytest.param("RepeatPreviousEasy", marks=pytest.mark.slow),
+        "RepeatPreviousEasy",
         pytest.param("BattleshipEasy", marks=pytest.mark.slow),
     ],
 )

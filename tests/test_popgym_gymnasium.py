@@ -453,6 +453,7 @@ def test_gymnasium_imports_the_module_that_an_id_names_and_importing_it_twice_wa
     assert python(code) == "popgym_jax/RepeatPreviousHard-v0 0"
 
 
+@pytest.mark.slow
 def test_process_that_is_spawned_plays_what_the_vector_plays(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", QUICK)
     envs = AsyncVectorEnv([functools.partial(to_gymnasium, "RepeatPreviousEasy")], context="spawn")
@@ -521,6 +522,7 @@ def shown_by_views():
     return found
 
 
+@pytest.mark.slow
 def test_views_give_the_same_types_and_numbers_in_64_bit_mode():
     usual = shown_by_views()
     with jax.enable_x64(True):
@@ -557,6 +559,7 @@ PACKAGES = {  # name: an environment, an action, the shape that is seen
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_installs_whole_and_works_from_anywhere(package, tmp_path):
     env, action, expected = PACKAGES[package]

@@ -33,8 +33,8 @@ def test_every_family_is_compared():
 def each_way():
     """The reference takes long for the thousand steps of a labyrinth."""
     for name in popgym_jax.registered_envs:
+        slow = name.startswith("Labyrinth")
         for replay in (forward, backward):
-            slow = name.startswith("Labyrinth") and replay == backward
             yield pytest.param(name, replay, marks=[pytest.mark.slow] if slow else [])
 
 

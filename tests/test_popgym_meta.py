@@ -421,6 +421,7 @@ def returns_by_trial(wiped: bool, trials: int = 5, episodes: int = 256) -> np.nd
     return returns[:, :-1]
 
 
+@pytest.mark.slow
 def test_an_agent_wiped_between_trials_does_not_improve_across_them_and_one_that_remembers_does():
     for wiped in (True, False):
         returns = returns_by_trial(wiped)
@@ -469,6 +470,7 @@ def test_a_trial_that_nobody_can_fail_is_worth_one():
     np.testing.assert_allclose(fast_jit(ppo.evaluate, setup)(params, jax.random.PRNGKey(1)), np.ones((6, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_projections_are_changed_where_the_named_trial_begins_and_the_memory_is_kept_or_emptied():
     setup = small_setup(4, 30, arch="gru")
     params = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)).params

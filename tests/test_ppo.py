@@ -483,6 +483,7 @@ def test_value_of_an_episode_of_one_step_that_pays_one(probe, time_limit, bootst
     np.testing.assert_allclose(rollout.value, answer, atol=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, low, high", [("s5", 0.8, 1.0), ("mlp", -0.5, 0.3)])
 def test_a_cue_of_one_step_before_is_recalled_with_memory_and_not_without(arch, low, high):
     """Mean return 1 if always recalled, 0 if guessed."""

@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, fast_jit, finish, start_script, tiny_args, tiny_flags
+from conftest import ROOT, fast_jit, finish, others_slow, start_script, tiny_args, tiny_flags
 from gymnax.environments import spaces
 
 import popgym_jax
@@ -25,22 +26,29 @@ for env in envs:
         sys.exit(code)
 """
 STEPS = 256
-ENVS = [env for env in popgym_jax.registered_envs if not env.endswith("Medium")]  # Hard differs from it in sizes only
 WITH_S5 = ("RepeatPreviousEasy", "BattleshipEasy", "PositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run directory for every environment, with S5 for each kind of observations and actions."""
+def runs(request, tmp_path_factory):
+    """A run directory for every environment of a level, with S5 for each kind of observations and actions."""
     folder = tmp_path_factory.mktemp("runs")
-    for arch, names in (("s5", WITH_S5), ("mlp", [env for env in ENVS if env not in WITH_S5])):
-        flags = tiny_flags(total_timesteps=STEPS, arch=arch)
-        finish(start_script(",".join(names), *flags, cwd=folder, program=("-c", PROGRAM)), timeout=900)
+    envs = [env for env in popgym_jax.registered_envs if env.endswith(request.param)]
+    for arch, names in (("s5", WITH_S5), ("mlp", set(envs) - set(WITH_S5))):
+        if chosen := [env for env in envs if env in names]:
+            flags = tiny_flags(total_timesteps=STEPS, arch=arch)
+            finish(start_script(",".join(chosen), *flags, cwd=folder, program=("-c", PROGRAM)), timeout=900)
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("env", ENVS)
+def each_level():
+    """The levels differ in sizes only."""
+    for env in popgym_jax.registered_envs:
+        level = re.search("Easy|Medium|Hard", env)[0]
+        yield pytest.param(level, env, marks=pytest.mark.slow if level == "Easy" else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("runs", "env"), list(each_level()), indirect=["runs"])
 def test_a_short_budget_trains_on_every_environment(runs, env):
     summary = json.loads((runs / env / "summary.json").read_text())
     assert summary["env"] == env and summary["env_steps"] == STEPS
@@ -50,14 +58,11 @@ def test_a_short_budget_trains_on_every_environment(runs, env):
     assert all(float(row["grad_norm"]) > 0 for row in rows)
 
 
-def others_are_slow():
-    """The wrapper does the same for all; one of each kind of observations and actions."""
-    for name in popgym_jax.registered_envs:
-        if name.endswith("Easy"):
-            yield pytest.param(name, marks=[] if name in WITH_S5 else [pytest.mark.slow])
+# the wrapper does the same for all; one of each kind of observations and actions
+EASY = [env for env in popgym_jax.registered_envs if env.endswith("Easy")]
 
 
-@pytest.mark.parametrize("env", others_are_slow())
+@pytest.mark.parametrize("env", others_slow(EASY, *WITH_S5))
 def test_the_agent_sees_its_previous_action_and_the_start_of_every_episode(env):
     setup = ppo.make_setup(tiny_args(env=env, num_steps=64, arch="mlp"))
     runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))

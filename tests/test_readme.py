@@ -97,10 +97,9 @@ def trained(tmp_path_factory):
 
 
 def as_parameter(command):
-    """Slow are benchmarks, what simulators take to compile, and memories that other tests train."""
-    slow = not command.startswith(("ppo_s5_popgym.py", "a2c_s5_bsuite.py")) or "--arch" in command
-    slow = slow or "masked_velocities" in command  # Brax
-    return pytest.param(command, marks=[pytest.mark.slow] if slow else [])
+    """Slow are all that train something, but for a newcomer's first command."""
+    quick = command == "ppo_s5_popgym.py --env RepeatHard" or "--help" in command or "--list-envs" in command
+    return pytest.param(command, marks=[] if quick else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("command", [as_parameter(command) for command in found if "--sweep" not in command])

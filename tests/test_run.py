@@ -164,6 +164,7 @@ def test_default_run_directory_names_environment_script_arch_seed_and_time(short
     assert re.fullmatch(r"RepeatPreviousEasy__ppo_s5_popgym__mlp__s5__\d{8}-\d{6}-[0-9a-f]{6}", short_run.name)
 
 
+@pytest.mark.slow
 def test_seeds_in_one_program_equal_separate_runs(finished, compiled_once, tmp_path, monkeypatch, capsys):
     for flags in ({"run_dir": tmp_path / "both", "num_seeds": 2}, {"run_dir": tmp_path / "one", "seed": 1}):
         code, _, err = in_process(monkeypatch, capsys, *tiny_flags(**flags))
@@ -224,6 +225,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(finished, tmp_pat
         assert resumed[name] == whole[name]
 
 
+@pytest.mark.slow
 def test_interrupted_runs_exit_130_and_143_and_the_printed_command_resumes_them_from_anywhere(
     finished, compiled_once, tmp_path, monkeypatch, capsys
 ):
