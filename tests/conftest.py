@@ -14,7 +14,7 @@ from typing import Any
 # what is compiled stays for other processes and for the next run. Two workers that share all cores disturb each other.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gw0, gw1, ...
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):  # gw0, gw1, ...; on Linux
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
