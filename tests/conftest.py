@@ -199,11 +199,13 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A family of POPGym is one piece of code in three sizes: the default run plays the Easy ones, the slow tests are
-    the same ones for the Hard ones, and those in between are left to whoever asks for everything."""
+    """A family of POPGym is one piece of code in three sizes: the default run plays the Easy ones, the slow tests
+    compare the Hard ones with the reference, and all else in other sizes is left to whoever asks for everything."""
     for item in items:
         if item.path.name.startswith("test_popgym") and (size := re.search(r"\[.*(Medium|Hard)", item.name)):
-            item.add_marker(pytest.mark.slow if size[1] == "Hard" else pytest.mark.exhaustive)
+            compared = item.path.name in ("test_popgym_lockstep.py", "test_popgym_limits.py", "test_popgym_policies.py")
+            slow = size[1] == "Hard" and compared
+            item.add_marker(pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

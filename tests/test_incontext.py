@@ -179,6 +179,7 @@ def test_the_hidden_target_does_not_reach_what_acts(meta, monkeypatch):
     assert not np.any(slopes["identify"]["kernel"]) and np.any(slopes["products"]["kernel"])
 
 
+@pytest.mark.slow
 def test_the_identification_loss_is_added_with_its_weight_and_teaches_the_memory_alone(meta):
     advantages, returns = ppo.compute_gae(meta.setup.args, meta.rollout, meta.rollout.reward, meta.last_value)
     data = (meta.rollout, advantages, returns)

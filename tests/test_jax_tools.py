@@ -53,6 +53,13 @@ def assert_same_with_64_bits(function, **flags):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def others_exhaustive(values, *slow):
+    """Slow for these; the others do the same and are left to whoever asks for everything."""
+    return [
+        pytest.param(value, marks=pytest.mark.slow if value in slow else pytest.mark.exhaustive) for value in values
+    ]
+
+
 def assert_same_types_with_64_bits(init, update, seed):
     """Those of the runner, before and after an update, and of the metrics; nothing is compiled."""
 
@@ -76,8 +83,7 @@ def test_ppo_has_the_same_types_with_64_bits(arch, env):
     assert_same_types_with_64_bits(partial(ppo.init_runner, setup), partial(ppo.update, setup), jax.random.PRNGKey(0))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", others_exhaustive(ARCHS, "s5", "attention"))
 def test_ppo_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(ppo_updates, arch=arch)
 
@@ -105,13 +111,12 @@ def test_a2c_has_the_same_types_with_64_bits(arch):
     assert_same_types_with_64_bits(init, update, jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", A2C_ARCHS)
+@pytest.mark.parametrize("arch", others_exhaustive(A2C_ARCHS, "s5", "attention"))
 def test_a2c_is_the_same_with_64_bits(arch):
     assert_same_with_64_bits(a2c_updates, arch=arch)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("env", [name for name in a2c.TASKS if name != "MemoryChain"])
 def test_a2c_is_the_same_with_64_bits_on_every_task(env):
     assert_same_with_64_bits(a2c_updates, env=env, arch="mlp", chain_length=6, size=5)
@@ -135,6 +140,7 @@ def test_a_whole_run_with_64_bits_has_the_same_metrics(tmp_path):
     assert "update 4, 8 episodes" in out
 
 
+@pytest.mark.slow
 def test_no_nan_is_made_where_no_episode_ends():
     with jax.debug_nans(True):
         _, metrics = ppo_updates(env="RepeatFirstHard", arch="mlp")

@@ -402,6 +402,7 @@ def test_without_projections_larger_tasks_of_the_suites_own_are_left_out(monkeyp
     assert len(err.splitlines()) == 1 and what in err
 
 
+@pytest.mark.slow
 def test_without_projections_a_larger_task_that_is_named_is_refused(tmp_path, monkeypatch, capsys):
     flags = ["--tasks", "CartpoleSwingup", "--eval-tasks", "FingerTurnEasy", "--no-projection"]
     words = "--eval-tasks FingerTurnEasy: FingerTurnEasy has 12 features and 2 actions, more than the 5 and 1"
@@ -749,6 +750,7 @@ def test_it_runs_without_compilation(tmp_path):
     assert [row["update"] for row in read(tmp_path / "run" / "metrics.csv")] == ["1"]
 
 
+@pytest.mark.slow
 def test_without_noise_an_evaluation_acts_with_the_means_of_the_policy(monkeypatch):
     setup = toy_setup(monkeypatch, eval_noise=0.0, eval_episodes=3)
     runner = first_runner(setup)

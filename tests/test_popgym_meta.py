@@ -443,6 +443,7 @@ def small_setup(trials: int, length: int, **flags: Any) -> Any:
     return setup._replace(env=env, env_params=env.default_params)
 
 
+@pytest.mark.slow
 def test_evaluation_gives_each_trial_its_own_return():
     """Rebuilt from the steps themselves: the trial-end flag that the agent sees tells where the next trial begins."""
     setup, key = small_setup(4, 60, arch="gru"), jax.random.PRNGKey(3)

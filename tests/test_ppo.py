@@ -446,6 +446,7 @@ def train_on(setup, updates):
     return runner, metrics
 
 
+@pytest.mark.slow
 def test_rollouts_that_pay_nothing_do_not_make_the_first_reward_huge():
     """Scaled by the rollout that it came in, a reward of 1 among 16 x 8 steps is at most their root, 11.3."""
     setup = probe_setup(PaysLate(), normalize_rewards=True, arch="mlp")

@@ -425,6 +425,7 @@ def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error(tmp_path)
 # ---- evaluation and listings -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_prints_mean_error_and_quantiles_the_same_each_time_and_writes_nothing(
     finished, compiled_once, monkeypatch, capsys
 ):

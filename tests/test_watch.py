@@ -83,6 +83,7 @@ def test_an_environment_of_ones_own_is_watched_by_what_the_agent_sees(tmp_path, 
 # ---------------------------------------------------------------- A2C
 
 
+@pytest.mark.slow
 def test_memory_chain_says_what_was_shown_asked_and_answered(tmp_path, capsys):
     flags = as_flags(arch="mlp", memory_length=6, num_bits=3, **A2C)
     out, new = trained_and_watched(a2c.main, flags, tmp_path, capsys)
