@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Net, fast_jit, random_sequence, tiny_args
+from conftest import Net, fast_jit, others_slow, random_sequence, tiny_args
 
 import popgym_jax
 import ppo_s5_popgym as ppo
@@ -105,10 +105,10 @@ def test_the_end_of_an_episode_cut_off_by_time_is_valued_with_its_own_change():
 
 # ---- readout ---------------------------------------------------------------------------------------------------------
 
-SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("s5-noreset", "gru", "attention", "mlp")]
+MEMORIES = ("s5", "s5-noreset", "gru", "attention", "mlp")
 
 
-@pytest.mark.parametrize("arch", ["s5", *SLOW])
+@pytest.mark.parametrize("arch", others_slow(MEMORIES, "s5"))
 def test_scan_and_step_are_equal_with_the_multiplicative_readout(arch):
     net = Net(arch, readout="multiplicative", readout_size=3)
     obs, start = random_sequence(1, 12, 2, net.features)
@@ -205,7 +205,7 @@ def test_the_identification_loss_is_added_with_its_weight_and_teaches_the_memory
     assert max(jax.tree.leaves(moved["memory_0"])) > 1e-5 and max(jax.tree.leaves(moved["encoder"])) > 1e-5
 
 
-@pytest.mark.parametrize("arch", ["s5", *SLOW])
+@pytest.mark.parametrize("arch", others_slow(MEMORIES, "s5"))
 def test_an_update_with_every_memory(arch):
     setup = meta_setup(arch=arch, num_envs=8, num_steps=30, num_minibatches=2)
     runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))

@@ -110,10 +110,8 @@ def test_no_wrapper_returns_wide_types_in_64_bit_mode(name, batched):
     assert {"float32", "int32", "bool"} <= types <= {"float32", "int32", "bool", "uint32", "int8"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("MetaNoisyStatelessCartPole", marks=pytest.mark.slow), "PositionOnlyPendulumEasy"]
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["MetaNoisyStatelessCartPole", "PositionOnlyPendulumEasy"])
 def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
     words, actions = inputs(name)
     usual = jax.device_get(fast_jit(play_many, projected(name))(words, actions))

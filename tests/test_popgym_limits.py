@@ -50,7 +50,11 @@ def test_the_table_says_what_the_policies_score(name):
         assert abs(returns.mean() - float(row[f"{policy}_mean"])) < 4 * error + 1e-4
 
 
-@pytest.mark.parametrize("name", popgym_jax.registered_envs)
+def test_the_table_has_every_environment_once():
+    assert sorted(row["env"] for row in read_rows(popgym_limits.LIMITS)) == sorted(popgym_jax.registered_envs)
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_the_table_has_a_limit_above_chance(name):
     row = TABLE[name]
     assert float(row["random_mean"]) + 10 * float(row["random_se"]) < float(row["limit_mean"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from conftest import ARCHS, ROOT, fast_jit, tiny_args
+from conftest import ARCHS, ROOT, fast_jit, others_slow, tiny_args
 from flax import struct
 from gymnax.environments import environment, spaces
 
@@ -39,9 +39,7 @@ def cartpole():
 # ---- rollout ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arch", ["s5", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "s5")]
-)
+@pytest.mark.parametrize("arch", others_slow(ARCHS, "s5"))
 def test_ratio_is_one_at_the_first_minibatch_with_resets_inside_the_rollout(arch):
     """In the second update too, where the rollout starts from a stored carry; later minibatches do move."""
     setup = short_cartpole(arch=arch, num_envs=8, num_steps=32, num_minibatches=2, learning_rate=0.01)
