@@ -29,6 +29,7 @@ import s5_common as common
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ppo_s5_popgym.py"
 ARCHS = ("s5", "s5-noreset", "lru", "mingru", "lstm", "gru", "attention", "mlp")
+KINDS = ("RepeatPrevious", "Concentration", "LabyrinthEscape", "NoisyPositionOnlyPendulum")  # of POPGym's families
 RESETTING = ("s5", "lru", "mingru", "lstm", "gru", "attention")  # those with a memory that an episode's start empties
 QUICK = "--xla_backend_optimization_level=0"  # LLVM's optimiser off: most of a tiny run is compilation
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # the same for one program
@@ -199,17 +200,24 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A family of POPGym is one piece of code in three sizes: the default run plays the Easy ones, the slow tests
-    compare the Hard ones with the reference, and all else in other sizes is left to whoever asks for everything."""
+    """A family of POPGym is one piece of code in three sizes. The default run plays the Easy ones: all of them in lock
+    step with the reference, and of all else one of each kind. The slow tests play the other families, and compare the
+    Hard ones with the reference. The rest, in other sizes, is left to whoever asks for everything."""
     for item in items:
-        if item.path.name.startswith("test_popgym") and (size := re.search(r"\[.*(Medium|Hard)", item.name)):
-            compared = item.path.name in ("test_popgym_lockstep.py", "test_popgym_limits.py", "test_popgym_policies.py")
-            slow = size[1] == "Hard" and compared
-            item.add_marker(pytest.mark.slow if slow else pytest.mark.exhaustive)
+        if not item.path.name.startswith("test_popgym"):
+            continue
+        if not (found := re.search(r"\[(?:.*-)?([A-Za-z]+)(Easy|Medium|Hard)", item.name)):
+            continue
+        family, size = found.groups()
+        lock_step = item.path.name == "test_popgym_lockstep.py"
+        if size == "Medium" or (size == "Hard" and not lock_step):
+            item.add_marker(pytest.mark.exhaustive)
+        elif size == "Hard" or not (lock_step or family in KINDS):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--episodes", type=int, default=200, help="episodes an id in the lock step with popgym")
+    parser.addoption("--episodes", type=int, default=100, help="episodes an id in the lock step with popgym")
     parser.addoption(
         "--control-episodes", type=int, default=4, help="episodes a task in the comparison with dm_control"
     )
@@ -217,7 +225,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lockstep-report", help="append a CSV row for each id and direction to this file")
 
 
-@pytest.fixture(params=others_slow(ARCHS, "s5", "s5-noreset", "lru", "mingru", "attention"))
+@pytest.fixture(params=others_slow(ARCHS, "s5", "s5-noreset", "mingru", "attention"))
 def net(request: pytest.FixtureRequest) -> Net:
     return cached_net(request.param)
 

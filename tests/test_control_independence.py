@@ -146,6 +146,7 @@ def drawn_by_a_run(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 def test_starts_projections_actions_rewards_and_samples_of_a_run_are_independent(monkeypatch):
     drawn = drawn_by_a_run(monkeypatch)
     assert correlated_pairs(drawn) == []

@@ -205,7 +205,8 @@ def test_the_identification_loss_is_added_with_its_weight_and_teaches_the_memory
     assert max(jax.tree.leaves(moved["memory_0"])) > 1e-5 and max(jax.tree.leaves(moved["encoder"])) > 1e-5
 
 
-@pytest.mark.parametrize("arch", others_slow(MEMORIES, "s5"))
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", MEMORIES)
 def test_an_update_with_every_memory(arch):
     setup = meta_setup(arch=arch, num_envs=8, num_steps=30, num_minibatches=2)
     runner = fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0))

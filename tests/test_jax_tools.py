@@ -75,6 +75,7 @@ def assert_same_types_with_64_bits(init, update, seed):
     assert all(dtype.itemsize <= 4 for part in wide for _, dtype in part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "env"), [*((arch, "RepeatPreviousEasy") for arch in ARCHS), ("mlp", "PositionOnlyPendulumEasy")]
 )
@@ -104,6 +105,7 @@ def test_the_evaluation_of_trials_is_the_same_with_64_bits():
     assert_same_with_64_bits(play)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", A2C_ARCHS)
 def test_a2c_has_the_same_types_with_64_bits(arch):
     setup = a2c.make_setup(small_args(num_steps=4, num_envs=2, arch=arch))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -200,7 +201,8 @@ def test_shares_hold_all_slots_and_differ_by_one_unit_at_most():
             assert list(shares) == sorted(shares, reverse=True) and shares[0] - shares[-1] in (0, 1, 2, 4, 8)
 
 
-@pytest.mark.parametrize("pays", [pytest.param((1.0, 0.0), marks=pytest.mark.slow), (1.0, 0.0, 2.0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pays", [(1.0, 0.0), (1.0, 0.0, 2.0)])
 def test_no_task_leaks_into_another_ones_slots(pays):
     """Tasks that pay x and show x side by side: each slot keeps its own, always. Three have 4, 2, 2 of 8 slots."""
 
@@ -295,6 +297,7 @@ def test_the_papers_tasks_are_those_of_control_jax(name):
     assert np.all(task.low == -1) and np.all(task.high == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suite", "name"), [("gymnax", "Pendulum-v1"), ("dmc", "PointMass")])
 def test_scaled_features_have_unit_mean_square_under_random_actions(suite, name):
     """In other episodes than those that they were measured in; all else is the task's own."""
@@ -351,19 +354,27 @@ def one_update(args):
 
 
 def presets_with_memories():
+    """Each preset with S5 and the default one with all, and the types of the others in the paper's preset."""
     for preset in muesli.PRESETS:
         for arch in ("s5",) if preset == "plain" else ("s5", "lru", "mingru", "lstm", "gru", "attention", "mlp"):
-            quick = arch == "s5" and preset == "default"
-            yield pytest.param(preset, arch, marks=[] if quick else [pytest.mark.slow])
+            yield preset, arch, arch == "s5" or preset == "default"
 
 
-@pytest.mark.parametrize(("preset", "arch"), list(presets_with_memories()))
-def test_every_preset_goes_through_an_update_with_every_memory(preset, arch, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "arch", "trained"), list(presets_with_memories()))
+def test_every_preset_goes_through_an_update_with_every_memory(preset, arch, trained, monkeypatch):
     """Two tasks with 3 and 2 slots."""
     tasks = {"one": walk_task("one"), "two": walk_task("two", ends=False)}
     monkeypatch.setattr(muesli, "make_task", lambda args, name, flag: tasks[name])
     flags = as_flags(**CUT, preset=preset, arch=arch, s5_layers=2, tasks="one,two")
-    runners, metrics = one_update(common.parse_args(muesli.Args, muesli.PRESETS, flags))
+    args = common.parse_args(muesli.Args, muesli.PRESETS, flags)
+    if not trained:
+        setup = muesli.make_setup(args)
+        runner = jax.eval_shape(partial(muesli.init_runner, setup), jax.random.PRNGKey(0))
+        later, _ = jax.eval_shape(partial(muesli.update, setup), runner)
+        assert later == runner
+        return
+    runners, metrics = one_update(args)
     assert [len(M_o[0]) for M_o, _ in runners.world.matrices] == [3, 2]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((runners.params, metrics)))
     assert float(metrics["first_ratio_error"][0]) < 1e-5 and float(metrics["grad_norm"][0]) > 0

@@ -282,7 +282,7 @@ def test_all_parameters_are_real(arch):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("state_std", [False, True])
+@pytest.mark.parametrize("state_std", others_slow([False, True], True))
 def test_the_standard_deviation_begins_at_0_7_and_depends_on_the_state_if_it_is_to(state_std, monkeypatch):
     setup = toy_setup(monkeypatch, arch="mlp", state_std=state_std)
     params, h = first_runner(setup).params, jax.random.normal(jax.random.PRNGKey(1), (7, 16))

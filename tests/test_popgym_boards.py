@@ -400,6 +400,7 @@ def test_payout_statistics_see_a_bent_probability_and_a_draw_that_is_kept():
 # ---------------------------------------------------------------- other arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [forward, backward])
 @pytest.mark.parametrize(
     ("bridge", "env", "reference"),

@@ -31,6 +31,7 @@ EPISODES = 4000
 # ---------------------------------------------------------------- constructor arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [forward, backward])
 @pytest.mark.parametrize(
     ("env_class", "arguments"),

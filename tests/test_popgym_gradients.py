@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 
 import popgym_jax
 from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, environment
@@ -54,7 +54,7 @@ def expected_outcomes(env: Any) -> Any:
     return step
 
 
-@pytest.mark.parametrize("differentiate", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("differentiate", others_slow([jax.jacrev, jax.jacfwd], jax.jacrev))
 @pytest.mark.parametrize("size", SIZES)
 def test_derivatives_are_those_of_the_step_without_reset_and_none_to_a_fresh_episode(size, differentiate):
     env = CostlyPendulum(0.1, LENGTH)

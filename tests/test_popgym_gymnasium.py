@@ -14,7 +14,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, others_slow
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.spaces.utils import flatten_space
@@ -277,7 +277,7 @@ def built(build):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("build", ["cards", "torque", "one step", "statistics"])
+@pytest.mark.parametrize("build", others_slow(["cards", "torque", "one step", "statistics"], "one step"))
 def test_vector_does_what_gymnasiums_own_vector_does(build, mode):
     env, atol = built(build)
     ours = to_gymnasium_vector(env, 4, mode.value)

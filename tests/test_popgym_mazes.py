@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 from mazelib.generate.BacktrackingGenerator import BacktrackingGenerator
 from mazelib.generate.HuntAndKill import HuntAndKill
 from mazelib.generate.Prims import Prims
@@ -295,7 +295,7 @@ def delayed(bridge: type[Mazes], arrival: int) -> Mazes:
 
 @pytest.mark.parametrize("level", SIZES)
 @pytest.mark.parametrize("task", CLASSES)
-@pytest.mark.parametrize("arrival", [1022, 1023, 1024])
+@pytest.mark.parametrize("arrival", others_slow([1022, 1023, 1024], 1023))
 def test_task_done_around_the_last_step(task, level, arrival):
     name = f"Labyrinth{task}{level}"
     env, params = popgym_jax.make(name)
@@ -353,6 +353,7 @@ def test_impossible_episode_length_is_refused():
         LabyrinthExplore(episode_length=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Maze environments")
 @pytest.mark.parametrize("task", CLASSES)
 @pytest.mark.parametrize(("dims", "length"), [((6, 6), 100), ((30, 30), 300)])

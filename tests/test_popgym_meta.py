@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit, run_here, tiny_args, tiny_flags
+from conftest import fast_jit, others_slow, run_here, tiny_args, tiny_flags
 from gymnax.environments import spaces
 from scipy import stats
 
@@ -66,7 +66,7 @@ def play(env, actions):
 # ---- RandomProjection ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=PROJECTED)
+@pytest.fixture(scope="module", params=others_slow(PROJECTED, "cards, narrower"))
 def game(request):
     name, size, steps = PROJECTED[request.param]
     plain = make(name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 
 from popgym_jax import PreviousActionAndStart, RandomProjection, Trials
 from popgym_jax.cartpole import PositionOnlyCartPole
@@ -56,7 +56,7 @@ def projected_car():  # continuous actions, and bounds that are parameters
     return env, short(env, 4)
 
 
-@pytest.mark.parametrize("make", [projected_cartpole, costly_cartpole, projected_car])
+@pytest.mark.parametrize("make", others_slow([projected_cartpole, costly_cartpole, projected_car], projected_cartpole))
 def test_every_step_is_one_of_the_environment_inside_and_every_trial_one_of_its_episodes(make):
     env, params = make()
     inner, trial_params = env.env, params.trial

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 from gymnasium.spaces.utils import flatten_space
 from popgym.wrappers import Antialias, PreviousAction
 
@@ -59,7 +59,7 @@ def play(env, actions):
     return jax.device_get((jax.jit if exact else fast_jit)(run)(jax.random.key(1)))
 
 
-@pytest.fixture(scope="module", params=ENVIRONMENTS)
+@pytest.fixture(scope="module", params=others_slow(ENVIRONMENTS, "cards", "one step"))
 def games(request):
     """An environment, actions, and what it answers to them without and with PreviousActionAndStart."""
     build, copies, steps = ENVIRONMENTS[request.param]

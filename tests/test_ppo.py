@@ -465,8 +465,11 @@ class Endless(Probe):
 
 @pytest.mark.parametrize(
     "probe, time_limit, bootstrap, answer",
-    [(Probe(), 1_000_000, True, 1.0), (Endless(), 1, True, 2.0), (Endless(), 1, False, 1.0)],
-    ids=["terminated", "truncated", "truncated, bootstrap off"],
+    [
+        pytest.param(Probe(), 1_000_000, True, 1.0, id="terminated", marks=pytest.mark.slow),
+        pytest.param(Endless(), 1, True, 2.0, id="truncated"),
+        pytest.param(Endless(), 1, False, 1.0, id="truncated, bootstrap off", marks=pytest.mark.slow),
+    ],
 )
 def test_value_of_an_episode_of_one_step_that_pays_one(probe, time_limit, bootstrap, answer):
     """gamma = 1/2: terminated V = 1; cut by the time limit V = 1 + V/2 = 2 (the final observation looks the same but

@@ -103,7 +103,7 @@ def as_parameter(command):
 
 
 @pytest.mark.parametrize("command", [as_parameter(command) for command in found if "--sweep" not in command])
-def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
+def test_command_of_the_readme_runs(command, request, tmp_path, capsys):
     """A later flag wins, so the small ones are appended; a run that is named is replaced by one that exists.
 
     Sweeps are dozens of runs: test_a2c.py has a short one.
@@ -121,7 +121,7 @@ def test_command_of_the_readme_runs(command, trained, tmp_path, capsys):
     for name in ("--resume", "--eval", "--watch"):
         if name in flags:
             run = "meta" if "--eval-trials" in flags else script.removesuffix(".py")
-            flags[flags.index(name) + 1] = str(trained / run)
+            flags[flags.index(name) + 1] = str(request.getfixturevalue("trained") / run)
     if "--eval" in flags:
         flags += ["--eval-episodes", "4"]
     if not {"--resume", "--eval", "--watch", "--list-envs", "--help"} & set(flags):

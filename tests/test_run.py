@@ -152,6 +152,7 @@ def short_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_summary_of_a_run_in_which_no_episode_ended_is_still_json(short_run):
     """The mean over no episode has no value: null, not NaN, which strict JSON readers refuse."""
     (row,) = rows(short_run)
@@ -721,6 +722,7 @@ def test_tables_have_unix_line_ends(finished):
     assert b"\r" not in (finished[0] / "first" / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_update_costs_no_more_after_10_000_rows_than_after_100(tmp_path):
     """Counted in calls of Python functions."""
 

@@ -171,6 +171,7 @@ def test_a_meta_episode_is_drawn(suite, tasks, held_out, tmp_path, capsys):
 # ---------------------------------------------------------------- the worlds of control_jax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", control_jax.registered_envs)
 def test_every_body_that_moves_is_drawn_within_the_picture(name):
     env, params = control_jax.make(name, engine="c")
