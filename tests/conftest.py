@@ -214,6 +214,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.exhaustive)
         elif size == "Hard" or not (lock_step or family in KINDS):
             item.add_marker(pytest.mark.slow)
+    for item in items:  # a test is the one or the other
+        if item.get_closest_marker("exhaustive"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -573,8 +573,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
     without elements is stored too."""
     own = {"total_timesteps": 160 * 30, "eval_interval": 7, "num_seeds": 2, "checkpoint_interval": 4}
     flags = as_flags(**TINY | PENDULUM | FAST | own)
-    whole = run_script(*flags, "--run-dir", "whole", cwd=tmp_path)
-    cut = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)
+    finish(run_script(*flags, "--run-dir", "whole", cwd=tmp_path))
+    cut = run_script(*flags, "--run-dir", "cut", cwd=tmp_path)  # what it needs is compiled already
     while not (tmp_path / "cut" / "metrics.csv").exists() or len(read(tmp_path / "cut" / "metrics.csv")) < 20:
         assert cut.poll() is None, "ended before it could be stopped"
         time.sleep(0.01)
@@ -585,7 +585,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_and_can_be_evaluated(tm
         table.write(b"1,80,0,Pend" + bytes(40))
     _, err = finish(run_script("--resume", "cut", cwd=tmp_path))
     assert "warning" not in err  # nothing is missing
-    finish(whole)
     for name in ("metrics.csv", "evaluation.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     out, _ = finish(run_script("--eval", "whole", "--eval-episodes", "3", cwd=tmp_path))
@@ -734,8 +733,8 @@ def test_a_simulation_that_diverged_leaves_empty_fields(tmp_path, capsys):
 CAR = {"suite": "gymnax", "tasks": "MountainCarContinuous-v0", "meta_steps": 10}  # the suite holds none out beside it
 
 
-@pytest.mark.parametrize("arch", ["s5", "lstm"])  # types with the others: test_muesli.py
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["s5", pytest.param("lstm", marks=pytest.mark.exhaustive)])
 def test_64_bit_types_and_the_search_for_nan_change_nothing(arch, tmp_path):
     own = {"arch": arch, "total_timesteps": 480, "meta_steps": 20, "eval_interval": 1}
     flags = as_flags(**TINY | CAR | FAST | own)

@@ -126,14 +126,9 @@ def test_numbers_are_the_same_in_64_bit_mode_through_all_wrappers(name):
 # ---------------------------------------------------------------- no NaN, and no jit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("MetaNoisyStatelessCartPole", marks=pytest.mark.slow),
-        pytest.param("NoisyPositionOnlyPendulumEasy", marks=pytest.mark.slow),
-        "RepeatPreviousEasy",
-        pytest.param("BattleshipEasy", marks=pytest.mark.slow),
-    ],
+    "name", ["MetaNoisyStatelessCartPole", "NoisyPositionOnlyPendulumEasy", "RepeatPreviousEasy", "BattleshipEasy"]
 )
 def test_no_wrapper_makes_a_nan_on_the_way_and_none_needs_jit(name):
     """Without jit, every intermediate result is looked at. The other environments: test_popgym_properties.py."""

@@ -38,7 +38,7 @@ def each_way():
             yield pytest.param(name, replay, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("name", "replay"), each_way())
+@pytest.mark.parametrize(("name", "replay"), list(each_way()))
 def test_lock_step_with_the_reference(name, replay, request):
     episodes = request.config.getoption("--episodes")
     bridge = BRIDGES[family_and_level(name)[0]]

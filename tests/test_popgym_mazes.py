@@ -128,8 +128,8 @@ def same_law_p_value(one: Sample, other: Sample) -> float:
 
 def larger_are_slow(sizes: Iterable[int]) -> list[Any]:
     """Those of Medium and Hard: the same program for more cells."""
-    larger = [size for level, size in SIZES.items() if level != "Easy"]
-    return [pytest.param(size, marks=[pytest.mark.slow] if size in larger else []) for size in sizes]
+    larger = {size for level, size in SIZES.items() if level != "Easy"}
+    return others_slow(sizes, *set(sizes) - larger)
 
 
 @pytest.mark.parametrize("size", larger_are_slow(SIZES.values()))
@@ -211,7 +211,7 @@ def first_states(task: str, size: int, count: int = 40):
     return env, env.default_params, [jax.tree.map(lambda x, i=i: x[i], states) for i in firsts]
 
 
-@pytest.mark.parametrize("level", SIZES)
+@pytest.mark.parametrize("level", others_slow(SIZES, "Easy"))
 @pytest.mark.parametrize("task", CLASSES)
 def test_every_move_from_every_open_square_is_that_of_the_reference(task, level):
     env, params, states = first_states(task, SIZES[level])
@@ -293,7 +293,7 @@ def delayed(bridge: type[Mazes], arrival: int) -> Mazes:
     return Delayed()
 
 
-@pytest.mark.parametrize("level", SIZES)
+@pytest.mark.parametrize("level", others_slow(SIZES, "Easy"))
 @pytest.mark.parametrize("task", CLASSES)
 @pytest.mark.parametrize("arrival", others_slow([1022, 1023, 1024], 1023))
 def test_task_done_around_the_last_step(task, level, arrival):
@@ -308,7 +308,7 @@ def test_task_done_around_the_last_step(task, level, arrival):
     assert (ours.truncated[last] == (arrival >= 1023)).all()
 
 
-@pytest.mark.parametrize("level", SIZES)
+@pytest.mark.parametrize("level", others_slow(SIZES, "Easy"))
 @pytest.mark.parametrize("task", CLASSES)
 def test_return_of_a_purposeful_agent(task, level):
     name = f"Labyrinth{task}{level}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import fast_jit
+from conftest import fast_jit, others_slow
 from gymnax.environments import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -378,7 +378,7 @@ def mazes_are_slow(family: str) -> Any:
     return pytest.param(f"{family}Easy", marks=[pytest.mark.slow] if family.startswith("Labyrinth") else [])
 
 
-@pytest.mark.parametrize("name", map(mazes_are_slow, FAMILIES))
+@pytest.mark.parametrize("name", list(map(mazes_are_slow, FAMILIES)))
 def test_step_without_jit_is_the_step_with_jit(name):
     env, params = popgym_jax.make(name)
     trace = long_run(name).trace
@@ -480,7 +480,7 @@ def ending(pattern: str, shape: tuple[int, ...], rng: np.random.Generator) -> np
 
 
 @pytest.mark.parametrize("costly", [False, True], ids=["cheap", "costly"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", others_slow(CASES, "few", "more than a chunk", "seeds x environments"))
 def test_auto_reset_under_vmap_is_a_loop_over_environments(case, costly):
     shape, axes = CASES[case]
     vmapped, looped = vmapped_and_looped(costly, shape, axes)

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import re
 
 import jax
 import numpy as np
@@ -42,10 +41,10 @@ def runs(request, tmp_path_factory):
 
 
 def each_level():
-    """The levels differ in sizes only."""
-    for env in popgym_jax.registered_envs:
-        level = re.search("Easy|Medium|Hard", env)[0]
-        yield pytest.param(level, env, marks=pytest.mark.slow if level == "Easy" else pytest.mark.exhaustive)
+    """The levels differ in sizes only. A level is the same object for all, or pytest would make its runs for each."""
+    for level in ("Easy", "Medium", "Hard"):
+        for env in (env for env in popgym_jax.registered_envs if env.endswith(level)):
+            yield pytest.param(level, env, marks=pytest.mark.slow if level == "Easy" else pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(("runs", "env"), list(each_level()), indirect=["runs"])
