@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks import over_seeds
 
-PAGES = ("popgym.md", "metarl.md")
+PAGES = ("popgym.md", "metarl.md", "metacart.md", "bsuite.md")
 
 
 def test_the_interquartile_mean_is_the_mean_of_the_middle_half():
