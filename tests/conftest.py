@@ -1,5 +1,6 @@
 """Helpers that several test files share: tiny flags, networks, random sequences, and the script as a process."""
 
+import gc
 import os
 import re
 import subprocess
@@ -201,8 +202,8 @@ def random_sequence(seed: int, T: int, B: int, features: int, reset_rate: float 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A family of POPGym is one piece of code in three sizes. The default run plays the Easy ones: all of them in lock
-    step with the reference, and of all else one of each kind. The slow tests play the other families, and compare the
-    Hard ones with the reference. The rest, in other sizes, is left to whoever asks for everything."""
+    step with the reference, and of all else one of each kind. The slow tests play the other families, and the Hard
+    ones as the reference has played them. The rest, in other sizes, is left to whoever asks for everything."""
     for item in items:
         if not item.path.name.startswith("test_popgym"):
             continue
@@ -210,13 +211,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         family, size = found.groups()
         lock_step = item.path.name == "test_popgym_lockstep.py"
-        if size == "Medium" or (size == "Hard" and not lock_step):
+        if size == "Medium" or (size == "Hard" and not (lock_step and "forward" in item.name)):
             item.add_marker(pytest.mark.exhaustive)
         elif size == "Hard" or not (lock_step or family in KINDS):
             item.add_marker(pytest.mark.slow)
     for item in items:  # a test is the one or the other
         if item.get_closest_marker("exhaustive"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+
+
+def pytest_sessionfinish() -> None:
+    """What is compiled need not be collected one by one: xdist interrupts a worker that takes 5 seconds to end."""
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

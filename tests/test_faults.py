@@ -12,7 +12,7 @@ def assert_no_failure(count, cases):
     assert count.failures == [] and count.cases >= cases, count
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_any_damage_to_a_file_of_a_checkpoint_is_refused_or_does_no_harm(tmp_path):
     assert_no_failure(faults.try_damage(A2C, tmp_path, seed=1, step=10**6), cases=40)
 
@@ -27,7 +27,7 @@ def test_nan_stops_a_run_at_that_update_and_the_checkpoint_before_it_goes_on(tmp
     assert_no_failure(faults.try_nan(A2C, tmp_path), cases=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
     assert_no_failure(faults.try_kills(A2C, tmp_path, 5, jobs=1, seed=1), cases=5)
 

@@ -1,6 +1,6 @@
 """Every environment of popgym_jax against the reference package popgym, step for step, in both directions.
 
-`pytest tests/test_popgym_lockstep.py --episodes 2000 --lockstep-report FILE` is the longer run that
+`pytest -m "" tests/test_popgym_lockstep.py --episodes 2000 --lockstep-report FILE` is the longer run that
 results/popgym_lockstep.md records.
 """
 
