@@ -22,7 +22,7 @@ def test_bad_command_lines_are_one_line_and_exit_code_2_and_leave_nothing(script
     assert_no_failure(faults.try_commands(script, tmp_path, 10, seed=1), cases=10)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nan_stops_a_run_at_that_update_and_the_checkpoint_before_it_goes_on(tmp_path):
     assert_no_failure(faults.try_nan(A2C, tmp_path), cases=3)
 
