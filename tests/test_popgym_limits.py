@@ -141,7 +141,7 @@ def test_waiting_with_known_pairs_is_the_best_play_among_all():
     assert popgym_policies.expected_misses(0, 8, 0, 8) == pytest.approx(fewest_misses(2, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_thirteen_ranks_are_paired_as_well_as_they_can_be():
     row = TABLE["ConcentrationHard"]
     best = 1 - fewest_misses(13, 4) * 2 / 104
