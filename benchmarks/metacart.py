@@ -73,7 +73,7 @@ class Args:
     """Variants x seeds on MetaStatelessCartPole."""
 
     env: str = "MetaStatelessCartPole"
-    """or MetaNoisyStatelessCartPole"""
+    """or MetaNoisyStatelessCartPole, or one of examples/learning_in_context.py"""
 
     variants: tuple[Literal[tuple(VARIANTS)], ...] = ("s5", "s5-noreset", "gru", "attention", "mlp")  # type: ignore
     """memories, and the preset with a part more or less"""
@@ -112,7 +112,8 @@ class Curve(NamedTuple):
 
 
 def directory(args: Args, variant: str, seed: int) -> Path:
-    return Path(args.out) / f"{args.env}__{variant}__s{seed}"
+    env = args.env.split(":")[-1]
+    return Path(args.out) / f"{env}__{variant}__s{seed}"
 
 
 def run(args: Args, flags: list[str], variant: str, seed: int, core: int | None) -> None:

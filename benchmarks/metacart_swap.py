@@ -149,17 +149,22 @@ def draw(args: Args, played: dict[str, Played], returns: dict[str, np.ndarray], 
     figure.savefig(picture, dpi=150)
 
 
+def newest_checkpoint(run_dir: str) -> tuple[ppo.Setup, Any]:
+    """A finished or stopped run: its set-up, and its first seed's parameters."""
+    args = replace(common.read_args(ppo.Args, run_dir), eval=run_dir)
+    setup = ppo.make_setup(args)
+    run = common.RunDirectory(args, setup.env.name, "ppo_s5_popgym")
+    runners = run.restore(ppo.init_runners(setup))
+    return setup, jax.tree.map(lambda x: x[0], runners.params)
+
+
 def main() -> int:
     args = tyro.cli(Args)
-    script_args = replace(common.read_args(ppo.Args, args.run), eval=args.run)
-    setup = ppo.make_setup(script_args)
+    setup, params = newest_checkpoint(args.run)
     trials = getattr(setup.env_params, "num_trials", 0)
     if not 2 <= args.at <= trials:
         raise common.UsageError(f"--at {args.at}: must be between 2 and the {trials} trials of {setup.env.name}")
-    run = common.RunDirectory(script_args, setup.env.name, "ppo_s5_popgym")
-    runners = run.restore(ppo.init_runners(setup))
-    params = jax.tree.map(lambda x: x[0], runners.params)  # of the first seed
-    setup = setup._replace(args=replace(script_args, num_envs=args.episodes, num_steps=1))
+    setup = setup._replace(args=replace(setup.args, num_envs=args.episodes, num_steps=1))
 
     played = {}
     returns = {}

@@ -19,7 +19,6 @@ GRAVITY = 9.8
 MASS_POLE = 0.1
 MASS_TOTAL = 1.0 + MASS_POLE
 HALF_LENGTH = 0.5
-MASS_POLE_LENGTH = MASS_POLE * HALF_LENGTH
 FORCE = 10.0
 TIME_STEP = 0.02
 X_LIMIT = 2.4
@@ -40,9 +39,14 @@ class EnvState(environment.EnvState):
 
 @struct.dataclass
 class EnvParams(environment.EnvParams):
-    """max_steps_in_episode: truncation, and the divisor of the reward."""
+    """max_steps_in_episode: truncation, and the divisor of the reward
+    force: of a push (N)
+    half_length: of the pole (m), whose mass stays as it is
+    """
 
     max_steps_in_episode: int = 200
+    force: float = FORCE
+    half_length: float = HALF_LENGTH
 
 
 @struct.dataclass
@@ -97,7 +101,8 @@ class PositionOnlyCartPole(environment.Environment[EnvState, EnvParams]):
         self, key: jax.Array, state: EnvState, action: jax.Array, params: EnvParams
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         """Push for one time step: observation (2,), state, reward, terminated, {}."""
-        state = EnvState(time=state.time + 1, physics=euler_step(state.physics, action))
+        physics = euler_step(state.physics, action, params.force, params.half_length)
+        state = EnvState(time=state.time + 1, physics=physics)
         reward = 1.0 / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         observation = self.observe(key, state, action, params)
         return observation, state, reward, self.is_terminated(state, params), {}
@@ -201,8 +206,13 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
         return jnp.clip(noisy, -OBSERVATION_BOUND, OBSERVATION_BOUND)
 
 
-def euler_step(physics: jax.Array, action: jax.Array) -> jax.Array:
-    """One explicit Euler step of cart and pole under a push of +-FORCE.
+def euler_step(
+    physics: jax.Array,
+    action: jax.Array,
+    force: float = FORCE,
+    half_length: float = HALF_LENGTH,
+) -> jax.Array:
+    """One explicit Euler step of cart and pole under a push of +-`force` (N).
 
     With M the total mass, m the pole's, l its half-length and s, c = sin, cos(theta):
 
@@ -214,13 +224,14 @@ def euler_step(physics: jax.Array, action: jax.Array) -> jax.Array:
     Returns the state TIME_STEP later, float32 (4,).
     """
     x, x_dot, theta, theta_dot = physics
-    push = jnp.where(action == 1, jnp.float32(FORCE), jnp.float32(-FORCE))
+    mass_times_length = MASS_POLE * half_length
+    push = jnp.where(action == 1, jnp.float32(force), jnp.float32(-force))
     sin = jnp.sin(theta)
     cos = jnp.cos(theta)
-    f = (push + MASS_POLE_LENGTH * theta_dot**2 * sin) / MASS_TOTAL
+    f = (push + mass_times_length * theta_dot**2 * sin) / MASS_TOTAL
     pull = GRAVITY * sin - cos * f
-    lever = HALF_LENGTH * (4 / 3 - MASS_POLE * cos**2 / MASS_TOTAL)
+    lever = half_length * (4 / 3 - MASS_POLE * cos**2 / MASS_TOTAL)
     theta_ddot = pull / lever
-    x_ddot = f - MASS_POLE_LENGTH * theta_ddot * cos / MASS_TOTAL
+    x_ddot = f - mass_times_length * theta_ddot * cos / MASS_TOTAL
     velocity = jnp.stack([x_dot, x_ddot, theta_dot, theta_ddot])
     return physics + TIME_STEP * velocity

@@ -7,7 +7,7 @@ from popgym_jax import cartpole, environment
 from popgym_jax.random_projection import RandomProjection
 from popgym_jax.trials import Trials, TrialsState
 
-PROJECTED = 4  # features of a projected observation, as in the paper's code
+OBSERVATION_SIZE = 4  # of a projected observation, as in the paper's code
 MAX_STEPS_IN_TRIAL = 200
 
 
@@ -20,11 +20,11 @@ class MetaStatelessCartPole(Trials):
     out in the first ones does better in the later ones. It sees neither velocities
     nor which of the two actions pushes to the right.
 
-    Observation: [M_o (x, theta) (4) | trial-end flag | previous reward], float32
-        (6,); the last two are those of the step just taken, 0 at the start of a
-        meta-episode. The paper shows the previous action and a start flag too:
-        PreviousActionAndStart adds them, with a start flag of 1 where a
-        META-episode begins.
+    Observation: [M_o (x, theta) (O') | trial-end flag | previous reward], float32
+        (O' + 2,), with O' = 4 as in the paper's code; the last two are those of the
+        step just taken, 0 at the start of a meta-episode. The paper shows the previous
+        action and a start flag too: PreviousActionAndStart adds them, with a start
+        flag of 1 where a META-episode begins.
     Action: 0 or 1, integer (); by a fair coin in each meta-episode 1 pushes to the
         right or to the left.
     Reward: +1/200 on every step, float32 (), so that a perfect trial is worth 1.
@@ -48,12 +48,15 @@ class MetaStatelessCartPole(Trials):
         num_trials: int = 16,
         max_trial_length: int = MAX_STEPS_IN_TRIAL,
         fresh: bool = True,
+        observation_size: int = OBSERVATION_SIZE,
+        project_actions: bool = True,
         name: str | None = None,
     ):
         if max_trial_length < 1:
             raise ValueError(f"max_trial_length must be at least 1, got {max_trial_length}")
         self.max_trial_length = max_trial_length
-        super().__init__(RandomProjection(self.make_task(), PROJECTED), num_trials, fresh=fresh)
+        projected = RandomProjection(self.make_task(), observation_size, project_actions)
+        super().__init__(projected, num_trials, fresh=fresh)
         self.costly_reset = True  # it draws an orthogonal matrix
         self.obs_requires_prev_action = True
         self._name = name or type(self).__name__
@@ -63,7 +66,7 @@ class MetaStatelessCartPole(Trials):
         return cartpole.PositionOnlyCartPole(self.max_trial_length)
 
     def identifiable(self, state: TrialsState) -> jax.Array:
-        """What an agent can find out of the projections: sign(M_a) M_o, float32 (8,).
+        """What an agent can find out of the projections: sign(M_a) M_o, float32 (O' x 2,).
 
         CartPole looks the same in a mirror, (x, theta, push) -> -(x, theta, push),
         and -M_o is as likely as M_o. So (M_o, swapped actions, s) and
@@ -94,10 +97,13 @@ class MetaNoisyStatelessCartPole(MetaStatelessCartPole):
         max_trial_length: int = MAX_STEPS_IN_TRIAL,
         fresh: bool = True,
         noise_sigma: float = 0.1,
+        observation_size: int = OBSERVATION_SIZE,
+        project_actions: bool = True,
         name: str | None = None,
     ):
         self.noise_sigma = noise_sigma
-        super().__init__(num_trials, max_trial_length, fresh, name)
+        trials = (num_trials, max_trial_length, fresh)
+        super().__init__(*trials, observation_size, project_actions, name)
 
     def make_task(self) -> environment.Environment:
         return cartpole.NoisyPositionOnlyCartPole(self.noise_sigma, self.max_trial_length)

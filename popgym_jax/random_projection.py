@@ -55,9 +55,17 @@ class RandomProjection(Wrapper):
         the bounds is clipped. By the factor sqrt(A) every action of `env` stays
         reachable from inside of the bounds; for A = 1 the action keeps or changes
         its sign, by a fair coin.
+
+    observation_size: features O' of an observation; None: O
+    project_actions: False leaves actions as they are, as the paper's code does
     """
 
-    def __init__(self, env: GymnaxEnvironment, observation_size: int | None = None):
+    def __init__(
+        self,
+        env: GymnaxEnvironment,
+        observation_size: int | None = None,
+        project_actions: bool = True,
+    ):
         super().__init__(env)
         if isinstance(env, Trials):
             raise ValueError("RandomProjection goes inside of Trials, whose flag it would mix in")
@@ -70,6 +78,7 @@ class RandomProjection(Wrapper):
         if observation_size < 1:
             raise ValueError(f"observation_size must be at least 1, got {observation_size}")
         self.observation_size = observation_size
+        self.project_actions = project_actions
 
         actions = env.action_space(params)
         if isinstance(actions, spaces.Box):
@@ -86,7 +95,10 @@ class RandomProjection(Wrapper):
         orthogonal = random_orthogonal(key_observations, self.observation_size, size)
         M_o = self._gain(size) * orthogonal
         A = self.num_actions
-        if isinstance(self.env.action_space(params), spaces.Discrete):
+        discrete = isinstance(self.env.action_space(params), spaces.Discrete)
+        if not self.project_actions:
+            M_a = jnp.arange(A, dtype=jnp.int32) if discrete else jnp.eye(A, dtype=jnp.float32)
+        elif discrete:
             M_a = jnp.argsort(prng.bits(key_actions, A)).astype(jnp.int32)
         else:
             M_a = math.sqrt(A) * random_orthogonal(key_actions, A, A)

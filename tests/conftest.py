@@ -57,6 +57,13 @@ def others_slow(values: Any, *quick: Any) -> list[Any]:
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def others_exhaustive(values: Any, *slow: Any) -> list[Any]:
+    """Slow for these; the others do the same and are left to whoever asks for everything."""
+    return [
+        pytest.param(value, marks=pytest.mark.slow if value in slow else pytest.mark.exhaustive) for value in values
+    ]
+
+
 def tiny_args(**flags: Any) -> ppo.Args:
     args = ppo.Args(**TINY | flags)
     args.check()

@@ -6,12 +6,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import assert_refused, fast_jit, others_slow, run_here, tiny_args, tiny_flags
+from conftest import assert_refused, fast_jit, others_exhaustive, others_slow, run_here, tiny_args, tiny_flags
 
 import popgym_jax
 import ppo_s5_popgym as ppo
 import s5_common as common
-from examples import masked_velocities, own_environment
+from examples import learning_in_context, masked_velocities, own_environment
 
 EXAMPLES = [
     "examples.own_environment:t_maze",
@@ -19,6 +19,7 @@ EXAMPLES = [
     "examples.gymnax_cartpole:without_velocities",
     "examples.masked_velocities:make",
 ]
+IN_CONTEXT = ["papers_cartpole", "two_trials", "eight_trials", "wide_cartpole", "pendulum"]
 
 
 @pytest.mark.parametrize("action", [0, 1])
@@ -48,6 +49,31 @@ def test_an_example_is_trained_and_its_run_resumed(env, tmp_path, capsys):
     run_here(ppo.main, "--eval", "run", "--eval-episodes", 2, cwd=tmp_path)
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["env"] == env
+
+
+@pytest.mark.parametrize("task", others_exhaustive(IN_CONTEXT, "pendulum", "papers_cartpole"))
+def test_a_task_to_be_learnt_in_context_is_trained_with_cartpoles_preset(task, tmp_path, capsys):
+    env = f"examples.learning_in_context:{task}"
+    flags = tiny_flags(env=env, arch="mlp", total_timesteps=256, eval_episodes=2, run_dir="run")
+    run_here(ppo.main, "--preset", "meta", *flags, cwd=tmp_path)
+    run_here(ppo.main, "--eval", "run", "--eval-trials", 3, cwd=tmp_path)
+    assert capsys.readouterr().err == ""
+    assert len((tmp_path / "run" / "trials_3.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("task", IN_CONTEXT)
+def test_tasks_to_be_learnt_in_context_are_what_their_names_say(task):
+    env, params = getattr(learning_in_context, task)()
+    plain, _ = popgym_jax.make("PositionOnlyPendulumEasy" if task == "pendulum" else "PositionOnlyCartPoleEasy")
+    assert type(env.env.env) is type(plain) and params.trial == plain.default_params
+    assert params.num_trials == {"two_trials": 2, "eight_trials": 8}.get(task, 16)
+    size = 16 if task == "wide_cartpole" else 4
+    obs, state = env.reset(jax.random.PRNGKey(0), params)
+    assert obs.shape == (size + 2,)
+    assert (state.first is not None) == (task == "papers_cartpole")
+    keys = jax.random.split(jax.random.PRNGKey(1), 64)
+    M_a = np.asarray(jax.vmap(env.reset, (0, None))(keys, params)[1].play.M_a)
+    assert len(np.unique(M_a, axis=0)) == (1 if task == "papers_cartpole" else 2)
 
 
 def test_cartpole_without_velocities_shows_two_features():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ARCHS, fast_jit, finish, start_script, tiny_args, tiny_flags
+from conftest import ARCHS, fast_jit, finish, others_exhaustive, start_script, tiny_args, tiny_flags
 from test_a2c import small_args
 
 import a2c_s5_bsuite as a2c
@@ -51,13 +51,6 @@ def assert_same_with_64_bits(function, **flags):
     for x, y in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert x.dtype == y.dtype and x.dtype.itemsize <= 4
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-
-
-def others_exhaustive(values, *slow):
-    """Slow for these; the others do the same and are left to whoever asks for everything."""
-    return [
-        pytest.param(value, marks=pytest.mark.slow if value in slow else pytest.mark.exhaustive) for value in values
-    ]
 
 
 def assert_same_types_with_64_bits(init, update, seed):

@@ -7,6 +7,7 @@ import itertools
 import sys
 from typing import Any
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import stats
 import popgym_jax
 import ppo_s5_popgym as ppo
 import s5_common as common
-from benchmarks import metacart, metacart_swap
+from benchmarks import metacart, metacart_physics, metacart_swap
 from popgym_jax import EpisodeStatistics, PreviousActionAndStart, RandomProjection, environment
 from popgym_jax.cartpole import PositionOnlyCartPole
 from popgym_jax.meta_cartpole import MetaNoisyStatelessCartPole, MetaStatelessCartPole
@@ -180,6 +181,35 @@ def test_torque_keeps_or_changes_its_sign_and_the_whole_range_is_covered():
     sign = np.sign(meant[:, -1])
     np.testing.assert_allclose(meant, sign[:, None] * np.clip(torques, -2, 2), atol=1e-5)
     assert stats.binomtest(int((sign > 0).sum()), 2000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("task", "kept"), [(ThreeWay(), np.arange(3)), (Thrusters(), np.eye(2))])
+def test_actions_stay_as_they_are_where_asked_and_observations_are_projected_as_before(task, kept):
+    key = jax.random.key(7)
+    env = RandomProjection(task, 5, project_actions=False)
+    state = env.reset(key)[1]
+    np.testing.assert_array_equal(state.M_a, kept)
+    np.testing.assert_array_equal(state.M_o, RandomProjection(task, 5).reset(key)[1].M_o)
+    action = np.arange(2, dtype=np.float32) if kept.ndim == 2 else 2
+    np.testing.assert_allclose(env.task_action(state, action, env.default_params), action, atol=1e-6)
+
+
+@pytest.mark.parametrize(("force", "half_length"), [(10.0, 0.5), (25.0, 0.5), (10.0, 1.5)])
+def test_cartpole_with_another_push_or_pole_moves_as_gymnasiums_does(force, half_length):
+    reference = gymnasium.make("CartPole-v1").unwrapped
+    reference.force_mag = force
+    reference.length = half_length
+    reference.polemass_length = reference.masspole * half_length
+    env = PositionOnlyCartPole()
+    params = env.default_params.replace(force=force, half_length=half_length)
+    step = fast_jit(env.step_env)
+    _, state = env.reset_env(jax.random.key(0), params)
+    reference.reset(seed=0)
+    for action in np.random.default_rng(0).integers(2, size=8):
+        reference.state = np.asarray(state.physics, np.float64)
+        theirs, *_ = reference.step(int(action))
+        _, state, *_ = step(jax.random.key(0), state, action, params)
+        np.testing.assert_allclose(state.physics, theirs, atol=1e-5)
 
 
 class Picture(PositionOnlyCartPole):
@@ -522,6 +552,16 @@ def test_the_script_trains_evaluates_more_trials_and_draws_several_runs(tmp_path
     assert [(row["memory"], int(row["trial"])) for row in rows[::16]] == [("kept", 1), ("emptied", 1)]
     assert len(rows) == 32 and (tmp_path / "swap" / "swap.png").exists()
     run_here(metacart_swap.main, "a", "--at", 17, cwd=tmp_path, code=2)
+
+    worlds = ["--factors", 1, 4, "--episodes", 4, "--out", "physics"]
+    run_here(metacart_physics.main, "a", *worlds, cwd=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "physics" / "physics.csv").open()))
+    worlds = [(row["run"], row["changed"], row["factor"]) for row in rows]
+    assert worlds == [("a", changed, factor) for changed in ("force", "half_length") for factor in ("1.0", "4.0")]
+    usual = [row["trials_5_16"] for row in rows if row["factor"] == "1.0"]
+    assert usual[0] == usual[1]  # nothing is changed
+    assert len({row["trials_5_16"] for row in rows}) == 3
+    assert (tmp_path / "physics" / "physics.png").exists()
 
 
 @pytest.mark.parametrize("variant", metacart.VARIANTS)
