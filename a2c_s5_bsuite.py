@@ -717,7 +717,7 @@ def compile_update(setup: Setup, runners: Runner) -> Any:
 def print_evaluation(args: Args) -> None:
     """Play with the newest checkpoint of --eval, from a fixed key.
 
-    Prints mean, standard error and quantiles for each seed.
+    Prints mean, standard error and quantiles for each seed, and keeps them as RUN_DIR/eval.csv.
     """
     setup = make_setup(args)
     run = common.RunDirectory(args, args.env, "a2c_s5_bsuite")
@@ -730,11 +730,7 @@ def print_evaluation(args: Args) -> None:
         return runner.so_far
 
     results = np.asarray(jax.jit(for_each_seed(setup, play))(runners))  # (S, E)
-    for seed, returns in zip(run.seeds, results, strict=True):
-        error = returns.std() / math.sqrt(len(returns) - 1)
-        quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-        about = f"{args.env}, seed {seed}, update {run.done}, {len(returns)} episodes: mean {returns.mean():.4f}"
-        print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
+    common.report_evaluation(run, args.env, results)
 
 
 def bits(values: np.ndarray) -> str:

@@ -1065,7 +1065,7 @@ def evaluate(setup: Setup, params: Any, key: Array) -> Array:
 def print_evaluation(args: Args) -> None:
     """Evaluate the newest checkpoint of --eval with a fixed key.
 
-    Prints mean, standard error and quantiles for each seed.
+    Prints mean, standard error and quantiles for each seed, and keeps them as RUN_DIR/eval.csv.
     """
     setup = make_setup(args)
     beside = read_trials(args, getattr(setup.env_params, "num_trials", 0))
@@ -1073,11 +1073,8 @@ def print_evaluation(args: Args) -> None:
     runners = run.restore(init_runners(setup))
     play = partial(evaluate, setup, key=jax.random.PRNGKey(2303_03982))
     results = np.asarray(jax.jit(partial(lax.map, play))(runners.params))  # (S, E) or (S, E, K)
-    for seed, returns in zip(run.seeds, results.reshape(*results.shape[:2], -1).sum(axis=-1), strict=True):
-        error = returns.std() / math.sqrt(len(returns) - 1)
-        quantiles = ", ".join(f"{q:.0%} {np.quantile(returns, q):.4f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-        about = f"{args.env}, seed {seed}, update {run.done}, {len(returns)} episodes: mean {returns.mean():.4f}"
-        print(f"{about}, standard error {error:.4f}, quantiles {quantiles}")
+    of_episodes = results.reshape(*results.shape[:2], -1).sum(axis=-1)
+    common.report_evaluation(run, args.env, of_episodes)
     if results.ndim == 3:
         print(f"return of each trial: {save_trials(args, results, beside)}")
 

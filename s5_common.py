@@ -1313,6 +1313,42 @@ def value_of(metric: Any, seed: int) -> float | None:
     return (np.float32(metric.total[seed]) / np.float32(metric.number[seed])).item()
 
 
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def report_evaluation(run: RunDirectory, env: str, returns: np.ndarray) -> None:
+    """Print what was evaluated, and keep it as RUN_DIR/eval.csv; a row for each seed.
+
+    Mean, standard error and quantiles. Raises RunError.
+
+    returns: of every episode, float (S, E)
+    """
+    rows = []
+    for seed, own in zip(run.seeds, returns, strict=True):
+        mean = own.mean()
+        error = own.std() / math.sqrt(len(own) - 1)
+        quantiles = {f"{q:.0%}": np.quantile(own, q) for q in QUANTILES}
+        in_words = ", ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
+        about = f"{env}, seed {seed}, update {run.done}, {len(own)} episodes: mean {mean:.4f}"
+        print(f"{about}, standard error {error:.4f}, quantiles {in_words}")
+        row: dict[str, Any] = {
+            "update": run.done,
+            "seed": seed,
+            "episodes": len(own),
+            "return_mean": f"{mean:.6g}",
+            "return_se": f"{error:.6g}",
+        }
+        row |= {f"quantile_{name}": f"{value:.6g}" for name, value in quantiles.items()}
+        rows.append(row)
+    if not run.writes:
+        return
+    table = run.path / "eval.csv"
+    with writing(table, kept="the run is as it was"), table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(plot: Callable, runs: dict[str, Any], picture: Path) -> None:
     """``plot(runs, picture)``, names drawn as they are: a $ is no mathematics.
 

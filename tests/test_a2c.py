@@ -302,6 +302,8 @@ def test_a_run_leaves_metrics_a_bsuite_log_a_checkpoint_and_a_summary_and_can_be
     capsys.readouterr()
     run_here(a2c.main, "--eval", "run", cwd=tmp_path)
     assert capsys.readouterr().out.count("8 episodes: mean") == 2
+    evaluated = [(row["update"], row["seed"], row["episodes"]) for row in read(run / "eval.csv")]
+    assert evaluated == [("20", "0", "8"), ("20", "1", "8")]
 
 
 def assert_close(run, other):

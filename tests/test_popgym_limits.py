@@ -2,14 +2,16 @@
 
 import functools
 import itertools
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import fast_jit, run_here
+from conftest import fast_jit, run_here, tiny_flags
 
 import popgym_jax
-from benchmarks import popgym_limits, popgym_policies
+import ppo_s5_popgym as ppo
+from benchmarks import collect, popgym_grid, popgym_limits, popgym_policies
 from benchmarks.collect import read_rows
 from popgym_jax.registration import FAMILIES, family_and_level
 
@@ -200,3 +202,61 @@ def test_ship_scores_count_the_fleets_that_cover_each_hit_once_and_no_miss():
         if times_hit == [1, 1] and 6 not in squares:
             np.add.at(counted, squares, 1)
     np.testing.assert_allclose(popgym_policies.ship_scores(board, 3, sizes), counted)
+
+
+# ---- the grid of all tasks -------------------------------------------------------------------------------------------
+
+
+def grid_row(env, arch, seed, final):
+    best = final + 0.1
+    scores = {f"{name}_normalised": popgym_limits.normalised(env, x) for name, x in (("best", best), ("eval", final))}
+    row = {"env": env, "arch": arch, "seed": seed, "eval_return": final, "best_return": best}
+    return {name: str(value) for name, value in (row | scores).items()}
+
+
+def test_the_grids_table_has_means_over_seeds_and_leaves_out_what_was_not_run():
+    rows = [grid_row("RepeatPreviousHard", "s5", seed, final) for seed, final in enumerate((0.5, 0.9))]
+    rows += [grid_row("CountRecallEasy", "s5", 0, 1.0), grid_row("CountRecallEasy", "gru", 0, -0.9251)]
+    grid = popgym_grid.Grid(rows)
+    heading, _, *lines, _, scores = [line.strip("|").split("|") for line in popgym_grid.table(grid).splitlines()]
+    names = [name.strip() for name in heading]
+    recall, repeat = [dict(zip(names, map(str.strip, line), strict=True)) for line in lines]
+    assert (recall["task"], repeat["task"]) == ("CountRecallEasy", "RepeatPreviousHard")  # POPGym's order
+    assert (recall["random"], recall["s5"], recall["gru"], recall["limit"]) == ("-0.925", "1.000", "-0.925", "1.000")
+    assert (recall["s5, normalised"], recall["gru, normalised"]) == ("1.00", "0.00")
+    assert repeat["s5"] == "0.700 ± 0.200" and repeat["gru"] == ""
+    normalised = [popgym_limits.normalised("RepeatPreviousHard", x) for x in (0.5, 0.9)]
+    assert repeat["s5, normalised"] == f"{np.mean(normalised):.2f} ± {np.ptp(normalised) / 2:.2f}"
+    over_tasks = [1.0, np.mean(normalised)]
+    assert f"s5: {np.mean(over_tasks):.3f} ± {np.ptp(over_tasks) / 2:.3f} (2 tasks); gru: 0.000" in scores[0]
+
+
+@pytest.mark.slow
+def test_the_grid_trains_evaluates_and_repeats_nothing_that_is_finished(tmp_path, monkeypatch):
+    begun = []
+
+    def execute(script, flags, core=None):
+        begun.append(flags)
+        run_here(ppo.main, *flags, cwd=tmp_path)
+
+    monkeypatch.setattr(collect, "execute", execute)
+    monkeypatch.setattr(popgym_grid, "execute", execute)
+    own = ["--envs", "RepeatEasy", "--archs", "mlp", "--seeds", "3", "--eval-episodes", "5", "--out", str(tmp_path)]
+    script = tiny_flags(total_timesteps=2048)
+    for name in ("--env", "--seed", "--eval-episodes"):
+        if name in script:
+            del script[script.index(name) : script.index(name) + 2]
+    monkeypatch.setattr(sys, "argv", ["popgym_grid", *own, "--", *script])
+    popgym_grid.main()
+    popgym_grid.main()
+    assert len(begun) == 2  # a training and an evaluation
+    [row] = read_rows(tmp_path / "grid.csv")
+    [evaluation] = read_rows(tmp_path / "RepeatEasy__mlp__s3" / "eval.csv")
+    assert (row["env"], row["arch"], row["seed"], evaluation["episodes"]) == ("RepeatPreviousEasy", "mlp", "3", "5")
+    mean = float(evaluation["return_mean"])
+    limit = TABLE["RepeatPreviousEasy"]
+    by_chance = float(limit["random_mean"])
+    expected = (mean - by_chance) / (float(limit["limit_mean"]) - by_chance)
+    assert float(row["eval_normalised"]) == pytest.approx(expected, abs=1e-4)
+    assert "| RepeatPreviousEasy |" in (tmp_path / "grid.md").read_text()
+    assert (tmp_path / "grid.png").read_bytes()[1:4] == b"PNG"

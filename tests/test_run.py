@@ -427,7 +427,7 @@ def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error(tmp_path)
 
 
 @pytest.mark.slow
-def test_evaluation_prints_mean_error_and_quantiles_the_same_each_time_and_writes_nothing(
+def test_evaluation_prints_mean_error_and_quantiles_the_same_each_time_and_writes_nothing_but_its_table(
     finished, compiled_once, monkeypatch, capsys
 ):
     folder, run = finished[0], finished[0] / "first"
@@ -438,6 +438,11 @@ def test_evaluation_prints_mean_error_and_quantiles_the_same_each_time_and_write
     mean, error, *quantiles = numbers
     assert "update 60, 8 episodes" in out and len(quantiles) == 5
     assert quantiles == sorted(quantiles) and quantiles[0] <= mean <= quantiles[-1] and error > 0
+    table = run / "eval.csv"
+    [row] = csv.DictReader(table.open())
+    written = [float(value) for value in row.values()]
+    np.testing.assert_allclose(written, [60, 0, 8, *numbers], atol=1e-4)
+    table.unlink()
     assert files(folder) == before
 
 
