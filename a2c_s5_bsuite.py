@@ -77,7 +77,7 @@ class RunFlags:
 
     sweep: str = ""
     """run all settings of this bsuite experiment (memory_len, ...), with logs for bsuite's
-    analysis"""
+    analysis, and at most as many episodes as it has"""
 
     run_dir: str = ""
     """directory of the run; if empty, runs/ENV__SCRIPT__ARCH__sSEED__TIME-RANDOM"""
@@ -86,7 +86,7 @@ class RunFlags:
     """go on with the run in this directory, exactly as if it had never stopped"""
 
     num_rows: int = 200
-    """rows of metrics.csv, each the mean of an equal number of gradient steps"""
+    """rows of metrics.csv at most, each the mean over as many episodes, of their last segments"""
 
     checkpoint_interval: int = 20
     """rows between checkpoints"""
@@ -415,7 +415,7 @@ class S5Layer(nn.Module):
 
 
 def make_memory(args: Args, length: int) -> list[nn.Module]:
-    """The layers between encoder and heads, all called alike: see part 2 of s5_common.py."""
+    """The layers between encoder and heads, all called alike: see Memory in s5_common.py."""
     if args.arch == "s5":
         return [S5Layer(args) for _ in range(args.s5_layers)]
     if args.arch == "lru":
@@ -571,8 +571,7 @@ def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap:
 def make_setup(args: Args) -> Setup:
     """Task, network, optimiser and devices for these flags. Raises UsageError."""
     task = make_task(args)
-    if args.num_devices > jax.device_count():
-        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
+    mesh = common.device_mesh(args.num_devices)
     network = ActorCritic(args, task.env.num_actions, task.length)
     rounds = math.ceil(args.num_episodes / (args.num_envs * args.num_rows))
     rows = math.ceil(args.num_episodes / (args.num_envs * rounds))
@@ -585,7 +584,7 @@ def make_setup(args: Args) -> Setup:
         task=task,
         network=network,
         optimizer=optimizer,
-        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+        mesh=mesh,
         rounds=rounds,
         rows=rows,
     )
@@ -729,7 +728,8 @@ def print_evaluation(args: Args) -> None:
         runner, _, _ = collect_segment(setup, runner, setup.task.length)
         return runner.so_far
 
-    results = np.asarray(jax.jit(for_each_seed(setup, play))(runners))  # (S, E)
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    results = np.asarray(jax.jit(for_each_seed(setup, play), out_shardings=everywhere)(runners))  # (S, E)
     common.report_evaluation(run, args.env, results)
 
 
@@ -912,12 +912,13 @@ def run_sweep(args: Args) -> None:
     not be mixed.
     """
     env, settings = SWEEPS[args.sweep]
+    check_sweep(args)
     root = Path(args.run_dir or f"runs/{args.sweep}__a2c_s5_bsuite__{args.arch}__s{args.seed}")
     claim_sweep(args, root)
     for i, setting in enumerate(settings):
         run_dir = root / f"{args.sweep}-{i}"
-        episodes = {"num_episodes": min(args.num_episodes, EPISODES)}
-        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **episodes | setting)
+        num_episodes = min(args.num_episodes, setting.get("num_episodes", EPISODES))
+        own = replace(args, env=env, sweep="", run_dir=str(run_dir), **setting | {"num_episodes": num_episodes})
         if not (run_dir / "summary.json").exists():
             print(f"{args.sweep}/{i}: {setting}", flush=True)
             try:
@@ -926,6 +927,19 @@ def run_sweep(args: Args) -> None:
                 print("or go on with the whole sweep by the command that began it")
                 raise
         shutil.copy(run_dir / f"bsuite_seed{own.seed}.csv", root / "logs" / f"bsuite_id_-_{args.sweep}-{i}.csv")
+
+
+def check_sweep(args: Args) -> None:
+    """UsageError for a flag that the sweep itself sets, and for several seeds, as its logs are of one."""
+    env, settings = SWEEPS[args.sweep]
+    if args.num_seeds > 1:
+        raise common.UsageError(f"--num-seeds {args.num_seeds}: must be 1 with --sweep {args.sweep}")
+    usual = Args(**PRESETS[args.preset])
+    for name in ("env", *settings[0]):
+        value = getattr(args, name)
+        if value != getattr(usual, name) and name != "num_episodes":
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise common.UsageError(f"{flag}: --sweep {args.sweep} sets it")
 
 
 def claim_sweep(args: Args, root: Path) -> None:

@@ -30,7 +30,7 @@ Optimization", for continuous actions.
     python muesli_s5_metarl.py
     # one task, minutes on 2 CPU cores
     python muesli_s5_metarl.py --tasks CartpoleSwingup
-    # without what goes beyond the paper: the memory is S5 alone
+    # without what is added to the agent's inputs and memory: S5 alone
     python muesli_s5_metarl.py --preset plain
     # the paper's table, for accelerators
     python muesli_s5_metarl.py --preset paper
@@ -120,7 +120,7 @@ class EnvironmentFlags:
     """steps of a meta-episode, over which memory and projections last"""
 
     action_repeat: int = 4
-    """steps for which an action is held; the agent sees the last observation and the mean reward"""
+    """steps for which an action is held; the agent sees the last observation and the reward of a step"""
 
     scale_obs: bool = True
     """divide each feature of a task by its root mean square under random actions"""
@@ -579,25 +579,27 @@ def scaled_task(task: Task) -> Task:
 
     A finger's target is a tenth of a metre away and its joints turn at ten radians a second: as
     they are, and still more in a random mixture, velocities drown what the reward depends on.
-    Measured here, from fixed keys, in 64 episodes of 200 steps, with actions held for ten steps.
+    Measured here, from fixed keys, in 64 slots and 200 steps, with actions held for ten steps. Where
+    the task terminates the next trial opens, as in training.
     Deviation: with --scale-obs only.
     """
-    episodes = 64
+    slots = 64
     held = 10
     draws = 20
     reset_key, action_key, step_key = jax.random.split(jax.random.PRNGKey(0), 3)
-    shape = (draws, episodes, task.action_size)
+    shape = (draws, slots, task.action_size)
     actions = jax.random.uniform(action_key, shape, jnp.float32, task.low, task.high)
-    step_keys = jax.random.split(step_key, (draws * held, episodes))
+    step_keys = jax.random.split(step_key, (draws * held, slots))
 
     def step(state, inputs):
         keys, action = inputs
-        obs, state, _, _ = jax.vmap(task.step)(keys, state, action)
+        obs, state, _, terminated = jax.vmap(task.step)(keys, state, action)
+        obs, state = open_trials(task, keys, terminated, obs, state)
         return state, obs
 
     @jax.jit
     def mean_square():
-        _, state = jax.vmap(task.reset)(jax.random.split(reset_key, episodes))
+        _, state = jax.vmap(task.reset)(jax.random.split(reset_key, slots))
         _, obs = lax.scan(step, state, (step_keys, jnp.repeat(actions, held, axis=0)))
         return jnp.mean(obs**2, axis=(0, 1))
 
@@ -825,7 +827,7 @@ class TaskStep(NamedTuple):
 
     obs: Array  # projected, (b, O); the first of the new trial where one opened
     state: Any
-    reward: Array  # of a step, the mean over those for which the action was held, (b,)
+    reward: Array  # the sum over the steps for which the action was held, by their usual number, (b,)
     terminated: Array  # bool (b,)
 
 
@@ -851,6 +853,21 @@ def hold_action(task: Task, repeat: int, keys: Array, state: Any, action: Array)
     return held
 
 
+def open_trials(task: Task, keys: Array, terminated: Array, obs: Array, state: Any) -> tuple[Array, Any]:
+    """Observations (b, E_o) and states, of a new trial where the last one has terminated, bool (b,).
+
+    keys (b,).
+    """
+    if not task.ends:
+        return obs, state
+
+    def with_new_ones():
+        fresh = jax.vmap(task.reset)(keys)
+        return select(terminated, fresh, (obs, state))
+
+    return lax.cond(terminated.any(), with_new_ones, lambda: (obs, state))
+
+
 def step_task(task: Task, repeat: int, key: Array, state: Any, matrices: Any, action: Array) -> TaskStep:
     """Step the b slots of one task with actions (b, A), each held for ``repeat`` steps.
 
@@ -865,13 +882,7 @@ def step_task(task: Task, repeat: int, key: Array, state: Any, matrices: Any, ac
     native_action = jnp.clip(middle + half * project(M_a, action), task.low, task.high)
 
     obs, state, reward, terminated = hold_action(task, repeat, step_keys, state, native_action)
-    if task.ends:
-
-        def open_trials():
-            fresh = jax.vmap(task.reset)(reset_keys)
-            return select(terminated, fresh, (obs, state))
-
-        obs, state = lax.cond(terminated.any(), open_trials, lambda: (obs, state))
+    obs, state = open_trials(task, reset_keys, terminated, obs, state)
     return TaskStep(obs=project(M_o, obs), state=state, reward=reward / repeat, terminated=terminated)
 
 
@@ -1111,7 +1122,7 @@ class Policy(NamedTuple):
 
 
 def make_memory(args: Args, obs_size: int) -> list[nn.Module]:
-    """The layers between encoder and heads, all called alike: see part 2 of s5_common.py.
+    """The layers between encoder and heads, all called alike: see Memory in s5_common.py.
 
     Fast weights are also given the agent's input.
     """
@@ -1160,7 +1171,7 @@ class Agent(nn.Module):
             layers += [nn.Dense(width), nn.relu]
         self.encoder = nn.Sequential(layers)
         self.memory = make_memory(args, self.obs_size)
-        self.latent_norm = nn.LayerNorm()
+        self.latent_norm = nn.LayerNorm()  # Deviation: between memory and heads, in every preset
 
         # policy and value
         self.policy_head = head(self.action_size)
@@ -1546,9 +1557,7 @@ def muesli_loss(
 def make_setup(args: Args) -> Setup:
     """Tasks, network, optimiser and devices for these flags. Raises UsageError."""
     train, _ = task_names(args)
-    if args.num_devices > jax.device_count():
-        devices = f"--num-devices {args.num_devices}"
-        raise common.UsageError(f"{devices}: this machine has {jax.device_count()}")
+    mesh = common.device_mesh(args.num_devices)
     tasks = tuple(make_task(args, name, "tasks") for name in train)
     largest_obs = max(task.obs_size for task in tasks)
     largest_action = max(task.action_size for task in tasks)
@@ -1567,7 +1576,7 @@ def make_setup(args: Args) -> Setup:
         action_size=action_size,
         network=Agent(args, action_size, obs_size),
         optimizer=optimizer,
-        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+        mesh=mesh,
     )
 
 

@@ -21,13 +21,13 @@
 Our implementation of Lu et al. 2023, "Structured State Space Models for In-Context Reinforcement
 Learning", 4.2.
 
-    python ppo_s5_popgym.py --env RepeatHard                 # two minutes on 2 CPU cores
+    python ppo_s5_popgym.py --env RepeatHard                 # three to five minutes on 2 CPU cores
     python ppo_s5_popgym.py --env RepeatHard --preset paper  # the paper's table, for a GPU
 
 Shapes: T time, B environments, O observation features, A actions (or action dimensions), H model
 width, P complex states of an S5 layer, S seeds; time comes first, (T, B, ...). start is 1 where an
-observation opens an episode. Departures from the paper are marked "Deviation" and listed in
-README.md.
+observation opens an episode. Departures from the paper are listed in README.md, those of a line of
+code marked "Deviation" beside it.
 """
 
 from __future__ import annotations
@@ -445,7 +445,7 @@ class S5Layer(nn.Module):
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
-        """From the input u, the same normalised v, and the states x."""
+        """(N, H) from the input u, the same normalised v, both (N, H), and the states x (N, 2P)."""
         y = nn.gelu(x @ C + self.D * v)
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
@@ -475,23 +475,26 @@ class Policy(NamedTuple):
     log_std: Array | None  # (..., A)
 
     def sample(self, key: Array) -> Array:
+        """An action, int32 (...,) or float (..., A)."""
         if self.log_std is None:
             return jax.random.categorical(key, self.mean).astype(jnp.int32)
         return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, jnp.float32)
 
     def log_prob(self, action: Array) -> Array:
+        """float (...,), of actions such as ``sample`` gives."""
         if self.log_std is None:
             return jnp.take_along_axis(nn.log_softmax(self.mean), action[..., None], axis=-1)[..., 0]
         return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
 
     def entropy(self) -> Array:
+        """float (...,), in nats."""
         if self.log_std is None:
             return -jnp.sum(nn.softmax(self.mean) * nn.log_softmax(self.mean), axis=-1)
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
 
 def make_memory(args: Args) -> list[nn.Module]:
-    """The layers between encoder and decoders, all called alike: see part 2 of s5_common.py."""
+    """The layers between encoder and decoders, all called alike: see Memory in s5_common.py."""
     if args.arch in ("s5", "s5-noreset"):
         return [S5Layer(args) for _ in range(args.s5_layers)]
     if args.arch == "lru":
@@ -715,6 +718,9 @@ def ppo_loss(params: Any, setup: Setup, carry: Any, batch: Rollout, advantages: 
 
     They are replayed from the carry stored at their start.
 
+    carry: of E environments; batch: leaves (T, E, ...); advantages, returns: float (T, E). Returns
+    the loss, float (), and metrics, each float ().
+
     rho = pi(a|s) / pi_old(a|s)
     L   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + c_v L_v - c_e entropy + c_a L_a
     L_v = mean max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
@@ -787,12 +793,15 @@ def make_setup(args: Args) -> Setup:
             raise common.UsageError(f"--eval-trials {args.eval_trials}: {what}") from None
     if args.trial_discount < 1 and not has_trials:
         flag = f"--trial-discount {args.trial_discount}"
+        if args.trial_discount == PRESETS[args.preset].get("trial_discount"):
+            flag += f" of --preset {args.preset}"
         raise common.UsageError(f"{flag}: must be 1, as {env.name} has no trials")
+    if args.eval_beside and not args.eval:
+        raise common.UsageError(f"--eval-beside {' '.join(args.eval_beside)}: needs --eval")
     if args.aux_coef and not hasattr(env, "identifiable"):
         flag = f"--aux-coef {args.aux_coef}"
         raise common.UsageError(f"{flag}: must be 0, as {env.name} has nothing hidden to identify")
-    if args.num_devices > jax.device_count():
-        raise common.UsageError(f"--num-devices {args.num_devices}: this machine has {jax.device_count()}")
+    mesh = common.device_mesh(args.num_devices)
     space = env.action_space(env_params)
     discrete = isinstance(space, spaces.Discrete)
     num_actions = space.n if discrete else math.prod(space.shape)
@@ -817,7 +826,7 @@ def make_setup(args: Args) -> Setup:
         env_params=env_params,
         network=network,
         optimizer=optimizer,
-        mesh=Mesh(np.array(jax.devices()[: args.num_devices]), ("env",)),
+        mesh=mesh,
     )
 
 
@@ -908,7 +917,7 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
 
 
 def scale_rewards(args: Args, scale: RewardScale, rollout: Rollout) -> tuple[Array, RewardScale]:
-    """Rewards divided by the root mean square of the discounted return, and the next scale.
+    """Rewards (T, B) divided by the root mean square of the discounted return, and the next scale.
 
     The scale is that of the rollouts before, so it is frozen while one is collected and learnt
     from; until one has paid, which begins the mean, it is the rollout's own.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -45,6 +46,7 @@ import tyro
 from flax.linen.initializers import normal
 from jax import Array, lax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from matplotlib import rc_context
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
@@ -270,14 +272,17 @@ gated_recurrence.defvjp(_gated_forward, _gated_backward)
 
 
 # ---- 2. The memories that S5 is compared with ----------------------------------------------------
-# All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed
-# before it reads.
-#   initial_carry(batch)           -> carry      the environments B lead every leaf
-#   kernels()                      -> kernels    what step can reuse while the parameters stay
-#   scan(carry, x, start)          -> carry, y   learning: x and y (T, B, H), start float (T, B)
-#   step(kernels, carry, x, start) -> carry, y   acting:   x and y (B, H),    start float (B,)
 class Memory(nn.Module):
-    """Base of the memories that prepare nothing for ``step``, which here is a sequence of one."""
+    """Base of the memories that prepare nothing for ``step``, which here is a sequence of one.
+
+    All memories, S5 included, are called in the same way. Where start is 1 the memory is zeroed
+    before it reads.
+
+    initial_carry(batch)           -> carry      float, the environments B lead every leaf
+    kernels()                      -> kernels    what step can reuse while the parameters stay
+    scan(carry, x, start)          -> carry, y   learning: x and y float (T, B, H), start float (T, B)
+    step(kernels, carry, x, start) -> carry, y   acting: x and y float (B, H), start float (B,)
+    """
 
     width: int  # H
 
@@ -390,6 +395,7 @@ class LRU(nn.Module):
         return Lambda, self.B * jnp.concatenate([gamma, gamma])
 
     def output(self, u: Array, v: Array, x: Array) -> Array:
+        """(..., H) from the input u, the same normalised v, both (..., H), and the states x (..., 2P)."""
         return self.out(u, x @ self.C + self.D * v)
 
     def scan(self, carry: Array, u: Array, start: Array) -> tuple[Array, Array]:
@@ -602,7 +608,7 @@ def parse_args(args_class: type, presets: dict[str, dict[str, Any]], argv: Seque
         return args
 
     run_dir = getattr(first, given[0])
-    stored = read_args(args_class, run_dir)
+    stored = read_args(args_class, run_dir, flag=f"--{given[0]} ")
     not_given = 0
     args = parse_command_line(args_class, replace(stored, num_devices=not_given, distributed=False), argv)
     if first.num_devices < 1:
@@ -637,13 +643,13 @@ def runs_here(args: Any) -> bool:
     return True
 
 
-def read_args(args_class: type, run_dir: str) -> Any:
+def read_args(args_class: type, run_dir: str, flag: str = "") -> Any:
     """The flags that a run was begun with. Raises UsageError."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
         return args_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run_dir}: not a run directory of this script ({error})") from None
+        raise UsageError(f"{flag}{run_dir}: not a run directory of this script ({error})") from None
 
 
 def check_args(
@@ -660,15 +666,20 @@ def check_args(
     at_least = {"s5_width": 2, "rnn_width": 2, "eval_episodes": 2} | dict(at_least)
     for name, value in vars(args).items():
         low = at_least.get(name, 0 if name in zero else 1e-12)
-        high = at_most.get(name, 2**31 - 1 if name == "seed" else 1e12)
         for number in value if isinstance(value, tuple) else [value]:
-            if type(number) in (int, float) and not low <= number <= high:
+            if type(number) not in (int, float):
+                continue
+            whole = type(number) is int and name != "total_timesteps"
+            high = at_most.get(name, 2**31 - 1 if whole else 1e12)
+            if not low <= number <= high:
                 bound = "above 0" if low == 1e-12 else f"at least {low:g}"
                 raise UsageError(f"--{name.replace('_', '-')} {number}: must be {bound} and at most {high:g}")
     if args.seed + args.num_seeds > 2**31:
         raise UsageError(f"--num-seeds {args.num_seeds}: --seed {args.seed} and those after it must be below 2^31")
     if args.s5_dt_min > args.s5_dt_max:
         raise UsageError(f"--s5-dt-min {args.s5_dt_min}: must be at most --s5-dt-max {args.s5_dt_max}")
+    if args.arch == "mingru" and args.s5_dt_max >= 1:  # a share of the state that is replaced
+        raise UsageError(f"--s5-dt-max {args.s5_dt_max}: must be below 1 with --arch mingru")
     if args.arch == "attention" and args.s5_width % 8:
         raise UsageError(f"--s5-width {args.s5_width}: must be a multiple of 8 with --arch attention")
     if args.distributed and not (args.run_dir or args.resume or args.eval):
@@ -702,15 +713,22 @@ def own_environment(flag: str, name: str, uses: str) -> tuple[Any, Any]:
     """
     flag = f"--{flag} {name}"
     module_name, factory_name = name.split(":", 1)
+    if module_name.startswith(".") or "/" in module_name:
+        raise UsageError(f"{flag}: must be PACKAGE.MODULE:FACTORY, not a path")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         factory = getattr(import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UsageError(f"{flag}: {error}") from None
-    made = factory() if callable(factory) else factory
+    wanted = "must be a function without arguments that returns an environment and its parameters"
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError):
+        raise UsageError(f"{flag}: {wanted}") from None
+    made = factory()
     if not isinstance(made, tuple) or len(made) != 2:
-        raise UsageError(f"{flag}: must be a function that returns an environment and its parameters")
+        raise UsageError(f"{flag}: {wanted}")
     env, env_params = made
     missing = [method for method in ("reset_env", uses, "action_space", "name") if not hasattr(env, method)]
     if missing:
@@ -730,6 +748,21 @@ def compile_ahead(function: Callable, *arguments: Any, **options: Any) -> Callab
     jitted = jax.jit(function, **options)
     jit_is_off = jax.config.jax_disable_jit  # type: ignore[attr-defined]
     return jitted if jit_is_off else jitted.lower(*arguments).compile()
+
+
+def device_mesh(num_devices: int) -> Mesh:
+    """The first devices of all processes, axis "env", over which environments are spread.
+
+    Raises UsageError.
+    """
+    flag = f"--num-devices {num_devices}"
+    if num_devices > jax.device_count():
+        raise UsageError(f"{flag}: this machine has {jax.device_count()}")
+    devices = jax.devices()[:num_devices]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        processes = f"all devices of the {jax.process_count()} processes"
+        raise UsageError(f"{flag}: must be {jax.device_count()}, {processes}")
+    return Mesh(np.array(devices), ("env",))
 
 
 def linear_decay(start: float, steps: int) -> Callable[[Array], Array]:
@@ -765,11 +798,17 @@ bounded.defvjp(lambda x, low, high: (bounded(x, low, high), x), _bounded_backwar
 def join_cluster() -> None:
     """jax.distributed, as JAX's environment variables or the cluster say.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UsageError.
     """
     jax.extend.backend.clear_backends()  # importing gymnax has started one
-    count, index = (int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    jax.distributed.initialize(num_processes=count, process_id=index)
+    try:
+        count, index = (
+            int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except ValueError as error:
+        names = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        raise UsageError(f"--distributed True: {names} must name a cluster ({shortened(error)})") from None
 
 
 def provenance() -> dict[str, Any]:
@@ -1191,6 +1230,8 @@ class RunDirectory:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if hasattr(self, "progress"):
+            self.progress.bar.close()
 
     def elapsed(self) -> float:
         """Seconds that the run has taken, those before it was resumed included."""
@@ -1264,8 +1305,8 @@ class RunDirectory:
         if self.stopped:
             print(f"stopped; go on with: {self.resume_command()}")
             raise SystemExit(128 + self.signals[0])
-        final = [self.log.last[seed] for seed in self.seeds if seed in self.log.last]  # without seeds of no episode
-        best = [self.log.best[seed] for seed in self.seeds if seed in self.log.best]
+        final = [self.log.last.get(seed) for seed in self.seeds]  # None for a seed of no episode
+        best = [self.log.best.get(seed) for seed in self.seeds]
         summary: dict[str, Any] = {
             **self.about,
             "seeds": list(self.seeds),
@@ -1273,9 +1314,9 @@ class RunDirectory:
             "updates": self.done,
             "compile_seconds": self.compile_seconds,
             "run_seconds": self.elapsed(),
-            "steps_per_second": self.progress.steps_per_second,
-            "final_return": float(np.mean(final)) if final else None,
-            "best_return": float(np.mean(best)) if best else None,
+            "steps_per_second": self.progress.steps_per_second or self.measured_before(),
+            "final_return": mean_of(final),
+            "best_return": mean_of(best),
             "final_returns": final,
             "best_returns": best,
             **measured,
@@ -1286,8 +1327,15 @@ class RunDirectory:
                 (self.path / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
             rows, _ = read_rows(self.log.table, self.log.columns, self.done)
             draw(plot_learning_curves, {self.path.name: rows}, self.path / "learning_curve.png")
-        print(f"best return {summary['best_return']!s:.6}, final {summary['final_return']!s:.6}: {self.path}")
+        best_return, final_return = (in_words(summary[name]) for name in ("best_return", "final_return"))
+        print(f"best return {best_return}, final {final_return}: {self.path}")
         return summary
+
+    def measured_before(self) -> float | None:
+        """Steps a second of the process that ended this run, if it is resumed after its end."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.path / "summary.json").read_text()).get("steps_per_second")
+        return None
 
     def resume_command(self) -> str:
         """What goes on with the run, to be pasted into a shell in whatever directory."""
@@ -1302,6 +1350,16 @@ def default_directory(args: Any, env: str, script: str) -> str:
     """runs/ENV__SCRIPT__ARCH__sSEED__TIME-RANDOM; the random part for runs that start together."""
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     return f"runs/{env[:100]}__{script}__{args.arch}__s{args.seed}__{stamp}"
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of those that there are, None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def in_words(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def value_of(metric: Any, seed: int) -> float | None:
@@ -1328,9 +1386,9 @@ def report_evaluation(run: RunDirectory, env: str, returns: np.ndarray) -> None:
         mean = own.mean()
         error = own.std() / math.sqrt(len(own) - 1)
         quantiles = {f"{q:.0%}": np.quantile(own, q) for q in QUANTILES}
-        in_words = ", ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
+        spread = ", ".join(f"{name} {value:.4f}" for name, value in quantiles.items())
         about = f"{env}, seed {seed}, update {run.done}, {len(own)} episodes: mean {mean:.4f}"
-        print(f"{about}, standard error {error:.4f}, quantiles {in_words}")
+        print(f"{about}, standard error {error:.4f}, quantiles {spread}")
         row: dict[str, Any] = {
             "update": run.done,
             "seed": seed,

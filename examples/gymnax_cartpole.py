@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnax
 import jax.numpy as jnp
+from gymnax.environments import spaces
 from gymnax.environments.classic_control.cartpole import CartPole
 from jax import Array
 
@@ -22,6 +23,16 @@ def cartpole() -> tuple[Any, Any]:
 
 class CartPoleWithoutVelocities(CartPole):
     """The observation is cart position and pole angle, (2,)."""
+
+    @property
+    def name(self) -> str:
+        return "CartPoleWithoutVelocities"
+
+    def observation_space(self, params: Any) -> spaces.Box:
+        seen = super().observation_space(params)
+        low = jnp.asarray(seen.low)[jnp.array(POSITIONS)]
+        high = jnp.asarray(seen.high)[jnp.array(POSITIONS)]
+        return spaces.Box(low, high, (2,), jnp.float32)
 
     def get_obs(self, state: Any, params: Any = None, key: Any = None) -> Array:
         return super().get_obs(state, params, key)[jnp.array(POSITIONS)]

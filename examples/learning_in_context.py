@@ -40,8 +40,12 @@ def wide_cartpole() -> tuple[Any, Any]:
     return env, env.default_params
 
 
+class MetaPendulum(Trials):
+    name = "MetaPendulum"
+
+
 def pendulum() -> tuple[Any, Any]:
     """A pendulum to be swung up by a torque, 16 trials, cosine and sine projected to 4 features."""
     plain, _ = make("PositionOnlyPendulumEasy")
-    env = Trials(RandomProjection(plain, observation_size=4), num_trials=16)
+    env = MetaPendulum(RandomProjection(plain, observation_size=4), num_trials=16)
     return env, env.default_params

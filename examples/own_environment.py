@@ -28,7 +28,8 @@ class EnvState(environment.EnvState):
 
 @struct.dataclass
 class EnvParams(environment.EnvParams):
-    max_steps_in_episode: int = 30  # the corridor's length, and the turn
+    corridor: int = 28  # steps before the turn
+    max_steps_in_episode: int = 1000  # gymnax's time limit, which no episode reaches
 
 
 class TMaze(environment.Environment[EnvState, EnvParams]):
@@ -42,10 +43,10 @@ class TMaze(environment.Environment[EnvState, EnvParams]):
     def step_env(
         self, key: Array, state: EnvState, action: Any, params: EnvParams
     ) -> tuple[Array, EnvState, Array, Array, dict]:
-        turned = state.time == params.max_steps_in_episode - 2
+        turned = state.time == params.corridor
         reward = jnp.where(turned, jnp.where(action == state.side, 1.0, -1.0), 0.0)
         state = state.replace(time=state.time + 1)
-        at_the_end = state.time == params.max_steps_in_episode - 2
+        at_the_end = state.time == params.corridor
         obs = jnp.array([0.0, 0.0, 1.0], jnp.float32) * at_the_end
         return obs, state, reward, turned, {}
 

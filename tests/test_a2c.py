@@ -463,6 +463,36 @@ def test_a_sweep_with_other_flags_than_its_directory_was_made_with_is_refused(na
     assert {path.read_text() for path in (tmp_path / "another" / "logs").iterdir()} == {"0.1"}
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--sweep memory_len --env Catch", "--env Catch: --sweep memory_len sets it"),
+        ("--sweep memory_len --memory-length 7", "--memory-length 7: --sweep memory_len sets it"),
+        ("--sweep catch --seed 3", "--seed 3: --sweep catch sets it"),
+        ("--sweep catch --num-seeds 2", "--num-seeds 2: must be 1 with --sweep catch"),
+    ],
+)
+def test_flags_that_a_sweep_sets_are_refused(flags, words, quick_sweeps, tmp_path, capsys):
+    assert quick_sweeps(*flags.split()) == 2
+    assert capsys.readouterr().err == f"error: {words}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_has_at_most_as_many_episodes_as_bsuite(quick_sweeps, monkeypatch):
+    found = {}
+    train = a2c.train
+
+    def note(args):
+        found[args.num_episodes] = None
+        train(args)
+
+    monkeypatch.setattr(a2c, "train", note)
+    for name in ("bandit", "discounting_chain"):
+        for episodes in ("32", "20000"):
+            assert quick_sweeps("--sweep", name, "--num-episodes", episodes, "--run-dir", name + episodes) == 0
+    assert list(found) == [32, 10_000, 1000]
+
+
 def test_a_directory_that_is_no_sweep_is_left_alone(quick_sweeps, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")

@@ -76,8 +76,10 @@ def test_tasks_to_be_learnt_in_context_are_what_their_names_say(task):
     assert len(np.unique(M_a, axis=0)) == (1 if task == "papers_cartpole" else 2)
 
 
-def test_cartpole_without_velocities_shows_two_features():
+def test_cartpole_without_velocities_shows_two_features_and_has_its_own_name():
     setup = ppo.make_setup(ppo.Args(env=EXAMPLES[2], num_envs=8, num_minibatches=2))
+    assert setup.env.name == "CartPoleWithoutVelocities"
+    assert setup.env.observation_space(setup.env_params).shape == (2,)
     obs, state = setup.env.reset_env(jax.random.PRNGKey(0), setup.env_params)
     np.testing.assert_allclose(obs, [state.x, state.theta])
 
@@ -101,7 +103,7 @@ def own_trials(num_trials=3):
     """Three T-mazes in a row."""
     env, params = own_environment.t_maze()
     trials = popgym_jax.Trials(env, num_trials)
-    return trials, trials.default_params.replace(trial=params.replace(max_steps_in_episode=4))
+    return trials, trials.default_params.replace(trial=params.replace(corridor=2))
 
 
 @pytest.mark.parametrize("env", ["test_examples:own_trials", "MetaStatelessCartPole"])
@@ -154,6 +156,9 @@ def alone():
 def nothing():
     return object(), None
 
+def needy(size):
+    return TMaze(), EnvParams()
+
 number = 3
 """
 
@@ -163,8 +168,11 @@ number = 3
     [
         ("nowhere:factory", "No module named 'nowhere'"),
         ("own_module:factory", "no attribute 'factory'"),
-        ("own_module:alone", "must be a function that returns an environment and its parameters"),
-        ("own_module:number", "must be a function that returns an environment and its parameters"),
+        ("own_module:alone", "must be a function without arguments that returns an environment and its parameters"),
+        ("own_module:number", "must be a function without arguments that returns an environment and its parameters"),
+        ("own_module:needy", "must be a function without arguments that returns an environment and its parameters"),
+        ("./examples/own_environment.py:t_maze", "must be PACKAGE.MODULE:FACTORY, not a path"),
+        (".own_module:alone", "must be PACKAGE.MODULE:FACTORY, not a path"),
         ("own_module:nothing", "the environment has no reset_env, step, action_space, name"),
         ("own_module:without_trial", "its parameters have num_trials, but its state has no trial"),
         ("own_module:image", "must be float32 vectors, not ShapeDtypeStruct(shape=(3, 4), dtype=float32)"),

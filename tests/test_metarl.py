@@ -319,6 +319,26 @@ def test_scaled_features_have_unit_mean_square_under_random_actions(suite, name)
     assert np.nanstd(ratios, axis=0).max() < 1e-3  # the same factor at all times
 
 
+def test_features_are_scaled_by_what_they_are_in_trials_not_by_what_comes_after_an_end():
+    """A counter that ends at 5 and would go on: 1, 2, 3, 4, then the next trial's 0."""
+
+    def step(key, count, action):
+        return count[None] + 1.0, count + 1.0, jnp.float32(0.0), count + 1.0 >= 5.0
+
+    task = muesli.Task(
+        name="Counter",
+        obs_size=1,
+        action_size=1,
+        low=-1.0,
+        high=1.0,
+        ends=True,
+        reset=lambda key: (jnp.zeros(1, jnp.float32), jnp.float32(0.0)),
+        step=step,
+    )
+    obs, *_ = muesli.scaled_task(task).step(None, jnp.float32(0.0), None)
+    np.testing.assert_allclose(obs, 1 / np.sqrt((1 + 4 + 9 + 16 + 0) / 5), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_other_control_tasks_are_playgrounds():
     """As above for a task that only MuJoCo Playground has."""

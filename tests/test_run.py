@@ -280,7 +280,7 @@ def test_a_finished_run_resumed_changes_no_metric(finished, compiled_once, tmp_p
     code, _, err = in_process(monkeypatch, capsys, "--resume", run)
     assert (code, err) == (0, "")
     assert (run / "metrics.csv").read_bytes() == (finished[0] / "first" / "metrics.csv").read_bytes()
-    for name in ("final_return", "best_return", "updates", "env_steps"):
+    for name in ("final_return", "best_return", "updates", "env_steps", "steps_per_second"):
         then, now = (json.loads((path / "summary.json").read_text()) for path in (finished[0] / "first", run))
         assert now[name] == then[name]
 
@@ -423,6 +423,34 @@ def test_signals_are_handled_as_before_once_a_loop_is_left_by_an_error(tmp_path)
             signal.signal(number, handler)
 
 
+def test_what_seeds_return_is_said_whatever_its_size_and_without_those_of_no_episode():
+    assert common.mean_of([1.0, None, 4.0]) == 2.5 and common.mean_of([None]) is None
+    words = [common.in_words(value) for value in (None, 8.7654e-05, -0.49876, 791.26)]
+    assert words == ["none", "8.765e-05", "-0.4988", "791.3"]
+
+
+def test_a_number_of_processes_that_is_none_is_a_usage_error(monkeypatch):
+    monkeypatch.setattr(jax.extend.backend, "clear_backends", lambda: None)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(common.UsageError, match="--distributed True: JAX_COORDINATOR_ADDRESS.* must name a cluster"):
+        common.join_cluster()
+
+
+@pytest.mark.slow
+def test_a_cluster_without_a_coordinator_is_one_line_and_exit_code_2(tmp_path):
+    process = start_script("--distributed", "--run-dir", "run", cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert "--distributed True" in err and "coordinator_address" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_mesh_has_devices_of_every_process(monkeypatch):
+    assert common.device_mesh(1).shape == {"env": 1}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(common.UsageError, match="--num-devices 1: must be .*, all devices of the 2 processes"):
+        common.device_mesh(1)
+
+
 # ---- evaluation and listings -----------------------------------------------------------------------------------------
 
 
@@ -522,6 +550,7 @@ BAD = {
     "--encoder-layers 16 0": ("--encoder-layers", "0"),
     "--attention-window 0": ("--attention-window 0",),
     "--arch attention --s5-width 12": ("--s5-width 12", "multiple of 8"),
+    "--arch mingru --s5-dt-max 1.5": ("--s5-dt-max 1.5", "below 1"),
     "--arch rnn": ("--arch", "rnn", "s5-noreset"),
     "--preset fast": ("--preset", "fast", "paper"),
     "--anneal-lr maybe": ("maybe",),
@@ -534,6 +563,9 @@ BAD = {
     "--seed 2147483647 --num-seeds 2": ("--num-seeds 2", "--seed 2147483647"),
     "--trial-discount 1.5": ("--trial-discount 1.5", "at most 1"),
     "--env RepeatEasy --trial-discount 0.5": ("--trial-discount 0.5", "no trials"),
+    "--env RepeatEasy --preset meta": ("--trial-discount 0.5 of --preset meta", "no trials"),
+    "--eval-beside other": ("--eval-beside other", "needs --eval"),
+    "--num-envs 102400000000": ("--num-envs 102400000000", "at most"),
     "--env RepeatEasy --aux-coef 1": ("--aux-coef 1", "nothing hidden"),
     "--readout product": ("--readout", "product", "multiplicative"),
     "--obs-change -1": ("--obs-change -1", "at least 0"),
