@@ -391,7 +391,7 @@ class S5Layer(nn.Module):
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
-        """From the input u, the same normalised v, and the states x."""
+        """(N, H) from the input u, the same normalised v, both (N, H), and the states x (N, 2P)."""
         y = nn.gelu(x @ C + self.D * v)
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
@@ -507,10 +507,10 @@ class Runner(NamedTuple):
 class Segment(NamedTuple):
     """T steps of B environments within one episode each; every leaf is (T, B, ...)."""
 
-    obs: Array
-    start: Array
-    action: Array
-    reward: Array
+    obs: Array  # float (T, B, O)
+    start: Array  # float
+    action: Array  # int32
+    reward: Array  # float
 
 
 # ---- 5. Returns and loss -------------------------------------------------------------------------
@@ -539,7 +539,8 @@ def a2c_loss(params: Any, setup: Setup, carry: Any, segment: Segment, bootstrap:
 
     delta_t is constant in the first term.
 
-    carry: the memory before the segment.
+    carry: the memory before the segment; bootstrap (B,): the value of what follows it. Returns the
+    loss, float (), and metrics, each float ().
     """
     args = setup.args
     _, logits, value = setup.network.apply(params, carry, segment.obs, segment.start, method="scan")

@@ -995,7 +995,7 @@ class S5Layer(nn.Module):
         return common.complex_to_packed(Lambda_bar), common.complex_to_packed(B_bar.T), C
 
     def output(self, u: Array, v: Array, x: Array, C: Array) -> Array:
-        """From the input u, the same normalised v, and the states x."""
+        """(N, H) from the input u, the same normalised v, both (N, H), and the states x (N, 2P)."""
         y = nn.gelu(x @ C + self.D * v)
         return u + self.value(y) * nn.sigmoid(self.gate(y))
 
@@ -1111,13 +1111,16 @@ class Policy(NamedTuple):
     log_std: Array  # (..., A)
 
     def sample(self, key: Array, noise: float = 1.0) -> Array:
+        """An action, float (..., A), with the deviation times ``noise``."""
         normal_draw = jax.random.normal(key, self.mean.shape, jnp.float32)
         return self.mean + noise * jnp.exp(self.log_std) * normal_draw
 
     def log_prob(self, action: Array) -> Array:
+        """float (...,), of actions such as ``sample`` gives."""
         return norm.logpdf(action, self.mean, jnp.exp(self.log_std)).sum(axis=-1)
 
     def entropy(self) -> Array:
+        """float (...,), in nats."""
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
 
@@ -1279,12 +1282,12 @@ class Runner(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of B slots; every leaf is (T, B, ...)."""
 
-    obs: Array
-    start: Array
-    action: Array
-    log_prob: Array
-    reward: Array
-    terminated: Array
+    obs: Array  # what the agent read, float
+    start: Array  # float
+    action: Array  # float (T, B, A)
+    log_prob: Array  # float
+    reward: Array  # float
+    terminated: Array  # bool
 
 
 class Targets(NamedTuple):
@@ -1472,6 +1475,9 @@ def model_loss(apply: Any, args: Args, h: Array, rollout: Rollout, targets: Targ
     Where the task terminated at t + k - 1 the value of z_t,k is 0, and nothing is asked of the
     model from there on; neither is it beyond the end of the rollout or of the meta-episode.
     The gradient is halved through the input.
+
+    h (T, B, H): the memory's output; apply: the network's, bound to its parameters. Losses, each
+    float ().
     """
     losses = {
         "model_reward_loss": jnp.zeros((), jnp.float32),
@@ -1515,6 +1521,9 @@ def muesli_loss(
     L_PG = -mean min(1, pi / pi_b) (G - v_prior) / sigma log pi(a|s)
 
     The weight min(1, pi / pi_b) is a constant.
+
+    carry: of E slots; rollout, targets: leaves (T, E, ...). Returns the loss, float (), and metrics,
+    each float ().
     """
     args = setup.args
     apply = partial(setup.network.apply, params)
