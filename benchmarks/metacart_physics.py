@@ -1,12 +1,13 @@
 """Agents on randomly-projected CartPole with a push or a pole that they have never met.
 
-    python benchmarks/metacart_physics.py runs/metacart/MetaStatelessCartPole__s5__s0
+    python benchmarks/metacart_physics.py runs/metacart/MetaStatelessCartPole__s5__s0 \\
+        runs/metacart/MetaStatelessCartPole__gru__s0
 
 Plays meta-episodes of the newest checkpoint of each run in worlds that differ from that of training
 in the force of a push, or in the length of the pole. In the folder --out:
 
     physics.csv    a row a world and run: mean return of the first trials and of later ones
-    physics.png    the same, as a mean over runs
+    physics.png    mean return of later trials, a line for each run
 """
 
 from __future__ import annotations
@@ -83,20 +84,23 @@ def rows_of(args: Args, run: str) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Mean return of a trial against the factor, a line for each group of trials."""
+    """Mean return of the last group of trials against the factor, a line for each run."""
+    first, last = GROUPS[-1]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, (changed, label) in zip(figure.subplots(1, 2, sharey=True), CHANGED.items(), strict=True):
-        own = [row for row in rows if row["changed"] == changed]
-        factors = sorted({row["factor"] for row in own})
-        for first, last in GROUPS:
-            column = f"trials_{first}_{last}"
-            means = [np.mean([row[column] for row in own if row["factor"] == factor]) for factor in factors]
-            axes.plot(factors, means, "o-", label=f"trial {first}" if first == last else f"trials {first} to {last}")
+        for run in dict.fromkeys(row["run"] for row in rows):
+            own = sorted(
+                (row["factor"], row[f"trials_{first}_{last}"], row[f"error_{first}_{last}"])
+                for row in rows
+                if (row["run"], row["changed"]) == (run, changed)
+            )
+            factors, means, errors = np.array(own).T
+            axes.errorbar(factors, means, errors, marker="o", label=run)
         axes.axvline(1, color="grey", linestyle=":")
         axes.set(xscale="log", xlabel=f"{label}, times that of training", ylim=(0, 1.02))
         axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
         axes.minorticks_off()
-    figure.axes[0].set_ylabel("mean return of a trial")
+    figure.axes[0].set_ylabel(f"mean return, trials {first} to {last}")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=150)
 
