@@ -801,13 +801,12 @@ def join_cluster() -> None:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UsageError.
     """
     jax.extend.backend.clear_backends()  # importing gymnax has started one
+    numbers = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     try:
-        count, index = (
-            int(os.environ[n]) if n in os.environ else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        )
+        count, index = [int(os.environ[name]) if name in os.environ else None for name in numbers]
         jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
-        names = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        names = f"JAX_COORDINATOR_ADDRESS, {' and '.join(numbers)}"
         raise UsageError(f"--distributed True: {names} must name a cluster ({shortened(error)})") from None
 
 
