@@ -514,7 +514,7 @@ def test_params_may_be_batched_in_part():
     keys, states = batch_of_keys((6,), np.random.default_rng(2)), params.replace(max_steps_in_episode=1)
     sigmas = jnp.linspace(0, 0.5, 6)
     in_part = states.replace(noise_sigma=sigmas)
-    axes = type(params)(max_steps_in_episode=None, noise_sigma=0)
+    axes = type(params)(max_steps_in_episode=None, force=None, half_length=None, noise_sigma=0)
     _, state = env.reset(jax.random.key(0), params)
     obs, _, _, _, truncated, _ = jax.vmap(env.step, (0, None, None, axes))(keys, state, 1, in_part)
     assert truncated.all()  # so these are observations of a reset
