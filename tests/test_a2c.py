@@ -415,7 +415,9 @@ def test_bsuites_own_analysis_reads_and_scores_a_log(sweep, history, score, tmp_
 
 @pytest.mark.slow
 def test_a_sweep_writes_what_csv_load_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    flags = as_flags(**SMALL | {"num_episodes": 40, "arch": "mlp"}, sweep="memory_size", run_dir="sweep")
+    small = SMALL | {"num_episodes": 40, "arch": "mlp"}
+    del small["memory_length"]  # the sweep sets it
+    flags = as_flags(**small, sweep="memory_size", run_dir="sweep")
     monkeypatch.setitem(a2c.SWEEPS, "memory_size", (a2c.SWEEPS["memory_size"][0], a2c.SWEEPS["memory_size"][1][:2]))
     for _ in range(2):  # the second time there is nothing left to do
         run_here(a2c.main, *flags, cwd=tmp_path)
