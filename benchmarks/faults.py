@@ -875,6 +875,7 @@ class BadLine(NamedTuple):
 ZERO = {
     "seed mapping_seed num_distractors ent_coef vf_coef gamma gae_lambda td_lambda retrace_lambda eval_trials",
     "muesli_pg_coef muesli_cmpo_coef muesli_model_coef muesli_advantage_decay eval_interval eval_noise",
+    "aux_coef obs_change trial_discount s5_fast_weights",
 }
 MAY_BE_ZERO = {name for names in ZERO for name in names.split()}
 LARGEST = {
@@ -882,6 +883,7 @@ LARGEST = {
     "gae_lambda": 1,
     "td_lambda": 1,
     "retrace_lambda": 1,
+    "trial_discount": 1,
     "muesli_target_rate": 1,
     "muesli_advantage_decay": 1,
     "seed": 2**32,
