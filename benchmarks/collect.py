@@ -14,11 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE_LOCK = Lock()  # a table is written by one lane at a time
 
 
 def parse_args(args_class: type) -> tuple[Any, list[str]]:
@@ -93,13 +95,14 @@ def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) 
         return tuple(str(row[name]) for name in same)
 
     replaced = {place(row) for row in rows}
-    old = read_rows(table) if table.exists() else []
-    kept = [row for row in old if place(row) not in replaced]
     table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    with TABLE_LOCK:
+        old = read_rows(table) if table.exists() else []
+        kept = [row for row in old if place(row) not in replaced]
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*kept, *rows])
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +34,6 @@ from s5_common import plot_learning_curves  # noqa: E402
 
 SCRIPT = "muesli_s5_metarl.py"
 REWARDS = tuple(f"reward_{tenth}" for tenth in range(10))  # of a meta-episode's tenths
-lock = Lock()  # results.csv is written by one run at a time
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,10 @@ def run(args: Args, flags: list[str], tasks: str, arch: str, seed: int, core: in
             rows.append(row)
 
     shown = ("suite", "tasks", "name", "arch", "seed", "task", "split", "return_mean", "return_se")
-    with lock:
-        for row in rows:
-            print_row({name: row[name] for name in shown})
-        same = ("suite", "tasks", "name", "arch", "seed", "task")
-        keep_rows(Path(args.out) / "results.csv", rows, same)
+    for row in rows:
+        print_row({name: row[name] for name in shown})
+    same = ("suite", "tasks", "name", "arch", "seed", "task")
+    keep_rows(Path(args.out) / "results.csv", rows, same)
 
 
 def draw(args: Args, tasks: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,6 @@ from benchmarks.popgym_limits import limits, normalised  # noqa: E402
 from popgym_jax import registered_envs  # noqa: E402
 
 SCRIPT = "ppo_s5_popgym.py"
-TABLE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ def run(args: Args, flags: list[str], env: str, arch: str, seed: int, core: int 
         "minutes": round(summary["run_seconds"] / 60, 2),
         "git_commit": summary["git_commit"],
     }
-    with TABLE_LOCK:
-        print_row(row)
-        keep_rows(Path(args.out) / "grid.csv", [row], ("env", "arch", "seed"))
+    print_row(row)
+    keep_rows(Path(args.out) / "grid.csv", [row], ("env", "arch", "seed"))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
