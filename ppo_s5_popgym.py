@@ -113,6 +113,9 @@ class EnvironmentFlags:
     bootstrap_truncated: bool = True
     """value a time limit by its final observation; off: it counts as a termination"""
 
+    stagger_steps: int = 1024
+    """before training act at random for fewer steps than this, each environment for a number of its own"""
+
 
 @dataclass(frozen=True)
 class LearnerFlags:
@@ -196,6 +199,10 @@ class MemoryFlags:
     s5_dt_max: float = 0.1
     """largest initial time step"""
 
+    s5_gain: bool = True
+    """B times s5-dt-max / time step, so that a slow state hears an input as loudly as a fast one, and C
+    at first divided by it"""
+
     s5_norm: bool = True
     """layer normalisation before each S5 layer"""
 
@@ -260,6 +267,7 @@ class Args(RunFlags, EnvironmentFlags, LearnerFlags, MemoryFlags, EvaluationFlag
             "gae_lambda",
             "trial_discount",
             "eval_trials",
+            "stagger_steps",
         )
         common.check_args(self, zero, at_most={"gamma": 1, "gae_lambda": 1, "trial_discount": 1})
         if self.num_envs % (self.num_minibatches * self.num_devices):
@@ -280,10 +288,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gae_lambda": 0.9,
         "trial_discount": 0.5,
         "ent_coef": 0.01,
+        "stagger_steps": 0,
         "obs_scale": 8.0,
         "obs_change": 10.0,
         "readout": "multiplicative",
         "s5_dt_min": 0.01,
+        "s5_gain": False,
     },
     "paper": {
         "preset": "paper",
@@ -297,10 +307,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gae_lambda": 1.0,
         "normalize_rewards": False,
         "bootstrap_truncated": False,
+        "stagger_steps": 0,
         "decoder_layers": (128, 128),
         "s5_layers": 4,
         "s5_width": 256,
         "s5_state": 128,
+        "s5_gain": False,
         "s5_norm": False,
         "checkpoint_interval": 5,
     },
@@ -412,25 +424,36 @@ class S5Layer(nn.Module):
 
         def init_C(key):  # C V with the real and the imaginary part of C ~ lecun_normal
             C = lecun_normal()(key, (H, 2 * P, 2), jnp.float32)
-            return common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
+            C = common.complex_to_packed(lax.complex(C[..., 0], C[..., 1]) @ V.astype(jnp.complex64)).T
+            return C / jnp.tile(self.loudness(), 2)[:, None]
 
         def init_log_step(key):  # time steps log-uniform
             low = math.log(self.args.s5_dt_min)
             high = math.log(self.args.s5_dt_max)
             return jax.random.uniform(key, (P,), jnp.float32, low, high)
 
+        self.log_step = self.param("log_step", init_log_step)
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
         self.B_tilde = self.param("B_tilde", init_B)
         self.C_tilde = self.param("C_tilde", init_C)
         self.D = self.param("D", normal(1.0), (H,), jnp.float32)
-        self.log_step = self.param("log_step", init_log_step)
         self.value = nn.Dense(H)
         self.gate = nn.Dense(H)
         self.norm = nn.LayerNorm() if self.args.s5_norm else lambda u: u
 
     def initial_carry(self, batch: int) -> Array:
         return jnp.zeros((batch, 2 * self.args.s5_state), jnp.float32)
+
+    def loudness(self) -> Array:
+        """What B is multiplied by, float (P,).
+
+        Deviation: zero-order hold makes B_bar as small as the time step, and so what a slow state keeps
+        of an input. As C begins divided by this, the layer begins as the same function, but a step of
+        the optimiser on C then reaches as far for a slow state as for a fast one.
+        """
+        step = jnp.exp(self.log_step)
+        return self.args.s5_dt_max / step if self.args.s5_gain else jnp.ones_like(step)
 
     def kernels(self) -> tuple[Array, Array, Array]:
         """The discretised layer, packed and real: Lambda_bar (2P,), B_bar (H, 2P), C (2P, H)."""
@@ -439,6 +462,7 @@ class S5Layer(nn.Module):
         # growth.
         Lambda = lax.complex(common.bounded(self.Lambda_re, -math.inf, -1e-4), self.Lambda_im)
         B_tilde = common.packed_to_complex(self.B_tilde).T
+        B_tilde *= self.loudness()[:, None]
         Lambda_bar, B_bar = common.discretize_zoh(Lambda, B_tilde, jnp.exp(self.log_step))
         # 2 Re(C x) = 2 (C_re x_re - C_im x_im)
         C = jnp.concatenate([2 * self.C_tilde[:P], -2 * self.C_tilde[P:]])
@@ -857,6 +881,59 @@ def init_runner(setup: Setup, key: Array) -> Runner:
     )
 
 
+def stagger(setup: Setup, runner: Runner) -> Runner:
+    """Act at random, each environment for a number of steps of its own, below --stagger-steps.
+
+    The memory reads nothing of it.
+    Deviation: episodes of one length otherwise begin and end in all environments at once, and most
+    rollouts hold no beginning.
+    """
+    args = setup.args
+    space = setup.env.action_space(setup.env_params)
+    key, steps_key, actions_key = jax.random.split(runner.key, 3)
+    steps = jax.random.randint(steps_key, (args.num_envs,), 0, args.stagger_steps)
+
+    def act_at_random(runner, step):
+        number, key = step
+        action_key, env_key = jax.random.split(key)
+        action = jax.vmap(space.sample)(jax.random.split(action_key, args.num_envs))
+        env = step_envs(setup, env_key, runner.env_state, runner.obs, action)
+        moved, _ = advance(setup, runner, action, env)
+
+        def chosen(new, old):
+            moves = (number < steps).reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(moves, new, old)
+
+        in_envs = ("env_state", "obs", "start", "so_far")
+        leaves = {name: jax.tree.map(chosen, getattr(moved, name), getattr(runner, name)) for name in in_envs}
+        return runner._replace(**leaves), None
+
+    numbers = jnp.arange(args.stagger_steps, dtype=jnp.int32)
+    keys = jax.random.split(actions_key, args.stagger_steps)
+    runner, _ = lax.scan(act_at_random, runner, (numbers, keys))
+    return runner._replace(key=key)
+
+
+def advance(setup: Setup, runner: Runner, action: Array, env: EnvStep) -> tuple[Runner, dict[str, Array]]:
+    """The runner after a step of the environments, its memory as it was.
+
+    Also what its episodes have come to, this step included.
+    """
+    start = (env.terminated | env.truncated).astype(jnp.float32)
+    so_far = {
+        "return": runner.so_far["return"] + env.reward,
+        "length": runner.so_far["length"] + 1.0,
+        "discounted": setup.args.gamma * runner.so_far["discounted"] + env.reward,
+    }
+    moved = runner._replace(
+        env_state=env.state,
+        obs=agent_input(env.next_obs, action, start, setup.network.num_actions),
+        start=start,
+        so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far),
+    )
+    return moved, so_far
+
+
 def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Array]:
     """Act for T steps.
 
@@ -866,7 +943,6 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
     network = setup.network
     kernels = network.apply(runner.params, method="kernels")
     act = partial(network.apply, runner.params, kernels, method="step")
-    as_input = partial(agent_input, num_actions=network.num_actions)
     zeros = jnp.zeros(args.num_envs, jnp.float32)
 
     def act_and_step(runner, key):
@@ -877,15 +953,12 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
         env = step_envs(setup, env_key, runner.env_state, runner.obs, action)
 
         def value_of_final():  # read with the carry from before the reset; the carry stays as it is
-            _, _, final_value = act(carry, as_input(env.final_obs, action, zeros), zeros)
+            final_input = agent_input(env.final_obs, action, zeros, network.num_actions)
+            _, _, final_value = act(carry, final_input, zeros)
             return jnp.where(env.truncated, final_value, 0.0)
 
         cut_off = jnp.any(env.truncated) & args.bootstrap_truncated
-        so_far = {
-            "return": runner.so_far["return"] + env.reward,
-            "length": runner.so_far["length"] + 1.0,
-            "discounted": args.gamma * runner.so_far["discounted"] + env.reward,
-        }
+        moved, so_far = advance(setup, runner, action, env)
         step = Rollout(
             obs=runner.obs,
             start=runner.start,
@@ -900,15 +973,7 @@ def collect_rollout(setup: Setup, runner: Runner) -> tuple[Runner, Rollout, Arra
             trial_failed=env.trial_failed,
             hidden=hidden,
         )
-        start = (env.terminated | env.truncated).astype(jnp.float32)
-        runner = runner._replace(
-            env_state=env.state,
-            obs=as_input(env.next_obs, action, start),
-            start=start,
-            carry=carry,
-            so_far=jax.tree.map(lambda x: x * (1.0 - start), so_far),
-        )
-        return runner, step
+        return moved._replace(carry=carry), step
 
     key, steps_key = jax.random.split(runner.key)
     runner, rollout = lax.scan(act_and_step, runner, jax.random.split(steps_key, args.num_steps))
@@ -1033,7 +1098,12 @@ def init_runners(setup: Setup) -> Runner:
     """Runners of all seeds."""
     seeds = setup.args.seed + jnp.arange(setup.args.num_seeds, dtype=jnp.int32)
     keys = jax.vmap(jax.random.PRNGKey)(seeds)
-    init = partial(for_each_seed, setup.args, partial(init_runner, setup))
+
+    def init_staggered(key):
+        runner = init_runner(setup, key)
+        return stagger(setup, runner) if setup.args.stagger_steps else runner
+
+    init = partial(for_each_seed, setup.args, init_staggered)
     return jax.jit(init, out_shardings=placement(setup))(keys)
 
 

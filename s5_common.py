@@ -647,6 +647,9 @@ def read_args(args_class: type, run_dir: str, flag: str = "") -> Any:
     """The flags that a run was begun with. Raises UsageError."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        missing = [field.name for field in fields(args_class) if field.name not in stored]
+        if missing:  # what another version did in their place is not known
+            raise ValueError(f"without {', '.join(missing)} in its args.json")
         return args_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag}{run_dir}: not a run directory of this script ({error})") from None

@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
     "env": "RepeatPreviousEasy",
     "num_envs": 8,
     "num_steps": 16,
+    "stagger_steps": 0,  # compiles every environment once more; test_ppo_envs.py staggers all
     "num_minibatches": 2,
     "encoder_layers": (16,),
     "decoder_layers": (16,),

@@ -1,6 +1,7 @@
 """The learner: rollout, truncation, advantages, loss, reward scale, evaluation, and probes with known answers."""
 
 import ast
+import dataclasses
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -101,6 +102,48 @@ def test_return_length_and_discounted_return_are_counted_within_the_episode(cart
             if ended[t, b]:
                 assert total == pytest.approx(length / 12)  # CartPole pays 1 / time limit a step
                 total = length = discounted = 0.0
+
+
+def test_staggered_environments_begin_at_times_of_their_own():
+    """Each has been acted in for a number of steps of its own; what is kept of its episode fits where it stands."""
+    setup = short_cartpole(env="RepeatFirstEasy", num_envs=16, num_steps=51, arch="mlp", stagger_steps=120)
+    staggered, together = (
+        jax.tree.map(lambda x: np.asarray(x)[0], ppo.init_runners(setup._replace(args=args)))
+        for args in (setup.args, dataclasses.replace(setup.args, stagger_steps=0))
+    )
+    assert np.all(together.start == 1) and not together.so_far["length"].any()
+    lengths = staggered.so_far["length"]
+    assert len(set(lengths.tolist())) > 8 and 40 < lengths.max() < 51  # an episode has 51 steps
+    np.testing.assert_array_equal(staggered.env_state.time, lengths)
+    np.testing.assert_array_equal(staggered.start, lengths == 0)
+    before = staggered.obs[:, -5:-1]
+    np.testing.assert_array_equal(before.sum(axis=-1), lengths > 0)  # one-hot, zeros where there was no action
+    for runner, at_once in ((staggered, 4), (together, 16)):
+        _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(runner)
+        ends = np.asarray(rollout.terminated).sum(axis=1)
+        assert ends.sum() == 16 and 0 < ends.max() <= at_once
+        assert ends.max() == at_once or runner is staggered
+
+
+def test_gain_scales_states_and_leaves_what_the_layer_does_at_first():
+    """B_bar against zero-order hold by its formula; the same outputs with gain and without, of larger states."""
+    states, outputs = {}, {}
+    u = jnp.asarray(np.random.default_rng(0).normal(size=(40, 2, 16)), jnp.float32)
+    for gain in (True, False):
+        args = ppo.Args(s5_width=16, s5_state=16, s5_gain=gain)
+        layer = ppo.S5Layer(args)
+        carry, start = layer.initial_carry(2), jnp.zeros((40, 2))
+        params = fast_jit(partial(layer.init, method="scan"))(jax.random.key(0), carry, u, start)
+        _, B_bar, _ = fast_jit(partial(layer.apply, method="kernels"))(params)
+        p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+        Lambda, step = p["Lambda_re"] + 1j * p["Lambda_im"], np.exp(p["log_step"])
+        B = (p["B_tilde"][:, :16] + 1j * p["B_tilde"][:, 16:]) * (0.1 / step if gain else 1.0)
+        expected = B * (np.exp(Lambda * step) - 1) / Lambda
+        np.testing.assert_allclose(B_bar[:, :16] + 1j * B_bar[:, 16:], expected, rtol=2e-2, atol=1e-5)
+        states[gain], outputs[gain] = fast_jit(partial(layer.apply, method="scan"))(params, carry, u, start)
+    np.testing.assert_allclose(states[True], states[False] * np.tile(0.1 / step, 2), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(outputs[True], outputs[False], rtol=1e-3, atol=1e-4)
+    assert np.abs(outputs[True] - u).max() > 0.1
 
 
 def test_truncated_steps_store_the_value_of_the_final_observation(cartpole):
@@ -559,7 +602,9 @@ def test_the_paper_preset_is_the_papers_table():
         "s5_state": 128,
         "s5_dt_min": 0.001,
         "s5_dt_max": 0.1,
+        "s5_gain": False,
         "s5_norm": False,
+        "stagger_steps": 0,
         "normalize_rewards": False,
         "bootstrap_truncated": False,
     }

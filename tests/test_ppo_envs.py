@@ -40,7 +40,7 @@ def runs_of(tmp_path_factory):
         envs = [env for env in popgym_jax.registered_envs if env.endswith(level)]
         for arch, names in (("s5", WITH_S5), ("mlp", set(envs) - set(WITH_S5))):
             if chosen := [env for env in envs if env in names]:
-                flags = tiny_flags(total_timesteps=STEPS, arch=arch)
+                flags = tiny_flags(total_timesteps=STEPS, arch=arch, stagger_steps=20)
                 finish(start_script(",".join(chosen), *flags, cwd=folder, program=("-c", PROGRAM)), timeout=900)
         return folder
 
