@@ -35,15 +35,11 @@ def execute(script: str, flags: Iterable[Any], core: int | None = None) -> None:
 
     Ends with its exit code if it fails.
     """
-
-    def hold():
-        if core is not None:
-            os.sched_setaffinity(0, {core})
-
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    ended = subprocess.run(command, preexec_fn=None if core is None else hold)
-    if ended.returncode:
-        raise SystemExit(ended.returncode)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)])
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # before it has threads, which inherit it
+    if process.wait():
+        raise SystemExit(process.returncode)
 
 
 def finished_run(
