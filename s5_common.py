@@ -647,7 +647,7 @@ def read_args(args_class: type, run_dir: str, flag: str = "") -> Any:
     """The flags that a run was begun with. Raises UsageError."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-        missing = [field.name for field in fields(args_class) if field.name not in stored]
+        missing = [field.name for field in fields(args_class) if field.name not in {*stored, *OF_A_RUN}]
         if missing:  # what another version did in their place is not known
             raise ValueError(f"without {', '.join(missing)} in its args.json")
         return args_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
