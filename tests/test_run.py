@@ -316,6 +316,13 @@ def edit_the_width(run):
     (run / "args.json").write_text(json.dumps(about))
 
 
+def drop_a_flag(run):
+    """As a version without it would have left the run."""
+    about = json.loads((run / "args.json").read_text())
+    del about["args"]["s5_gain"]
+    (run / "args.json").write_text(json.dumps(about))
+
+
 def break_args_json(run):
     (run / "args.json").write_text('{"args": {')
 
@@ -334,6 +341,7 @@ def remove_args_json(run):
         (empty_checkpoints, "checkpoint"),
         (edit_the_flags, "learning_rate 0.001"),  # a checkpoint of other flags: the shapes fit, the run does not
         (edit_the_width, "checkpoint 60"),
+        (drop_a_flag, "without s5_gain in its args.json"),
         (break_args_json, "not a run directory"),
         (remove_args_json, "not a run directory"),
     ],
