@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -59,7 +59,7 @@ def finished_run(
 
 
 def in_lanes(jobs: int, function: Callable, items: Iterable[Any]) -> None:
-    """``function(*item, core)`` for every item, ``jobs`` at a time.
+    """``function(*item, core)`` for every item, ``jobs`` at a time; none is begun after one failed.
 
     Each has a CPU core of its own; core is None if there is one at a time.
     """
@@ -75,7 +75,13 @@ def in_lanes(jobs: int, function: Callable, items: Iterable[Any]) -> None:
             cores.put(core)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(held, items))
+        futures = [pool.submit(held, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those that run go on to their end
+            raise
 
 
 def read_rows(table: Path) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -24,6 +25,7 @@ ROWS = reproduce.read_table(reproduce.TABLE)
 COMMANDS = {" ".join(command): command for row in ROWS for command in row.commands}
 RUNS = {  # what a benchmark's runs are the product of
     "popgym_runs": ("envs", "archs", "seeds"),
+    "popgym_grid": ("envs", "archs", "seeds"),
     "metacart": ("variants", "seeds"),
     "bsuite_memory": ("presets", "archs", "lengths", "seeds"),
     "control_ceiling": ("tasks",),
@@ -121,6 +123,11 @@ def test_the_commands_train_the_runs_of_the_tables_as_long_as_they_were(monkeypa
     rows = read_rows(ROOT / "results" / "popgym_runs.csv")
     assert runs == {(row["env"], row["arch"], row["seed"]): int(row["env_steps"]) for row in rows}
 
+    runs = trained("popgym_grid.csv", monkeypatch)
+    runs = {(env, arch, str(seed)): steps(args) for (env, arch, seed), args in runs.items()}
+    rows = read_rows(ROOT / "results" / "popgym_grid.csv")
+    assert runs == {(row["env"], row["arch"], row["seed"]): int(row["env_steps"]) for row in rows}
+
     for file in ("metacart.csv", "metacart_tried.csv"):
         runs = trained(file, monkeypatch)
         runs = {(variant, str(seed)): steps(args) for (variant, seed), args in runs.items()}
@@ -164,6 +171,20 @@ def test_the_commands_for_bsuite_train_and_measure_what_is_in_the_tables(monkeyp
             measured += itertools.product(args.presets, args.archs, map(str, args.lengths))
     rows = read_rows(ROOT / "results" / "bsuite_speed.csv")
     assert sorted(measured) == sorted((row["preset"], row["arch"], row["length"]) for row in rows)
+
+
+def test_lanes_begin_nothing_after_a_failure():
+    begun = []
+
+    def work(number, core):
+        begun.append((number, core))
+        time.sleep(0.2)
+        if number == 1:
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit, match="3"):
+        collect.in_lanes(2, work, [(number,) for number in range(20)])
+    assert len(begun) <= 6 and {core for _, core in begun} == {0, 1}
 
 
 def test_list_prints_names_minutes_and_commands(tmp_path, capsys):
