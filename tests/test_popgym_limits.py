@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import fast_jit, run_here, tiny_flags
+from conftest import ROOT, fast_jit, run_here, tiny_flags
 
 import popgym_jax
 import ppo_s5_popgym as ppo
@@ -229,6 +229,11 @@ def test_the_grids_table_has_means_over_seeds_and_leaves_out_what_was_not_run():
     assert repeat["s5, normalised"] == f"{np.mean(normalised):.2f} ± {np.ptp(normalised) / 2:.2f}"
     over_tasks = [1.0, np.mean(normalised)]
     assert f"s5: {np.mean(over_tasks):.3f} ± {np.ptp(over_tasks) / 2:.3f} (2 tasks); gru: 0.000" in scores[0]
+
+
+def test_the_table_of_the_page_is_that_of_the_runs():
+    rows = read_rows(ROOT / "results" / "popgym_grid.csv")
+    assert popgym_grid.table(popgym_grid.Grid(rows)) in (ROOT / "results" / "popgym.md").read_text()
 
 
 @pytest.mark.slow
