@@ -304,23 +304,23 @@ def remove_the_state(run):
     shutil.rmtree(run / "checkpoints" / "60" / "state")
 
 
-def edit_the_flags(run):
+def edit_args(run, change):
     about = json.loads((run / "args.json").read_text())
-    about["args"]["learning_rate"] = 0.5
+    change(about["args"])
     (run / "args.json").write_text(json.dumps(about))
+
+
+def edit_the_flags(run):
+    edit_args(run, lambda args: args.update(learning_rate=0.5))
 
 
 def edit_the_width(run):
-    about = json.loads((run / "args.json").read_text())
-    about["args"]["s5_width"] = 32
-    (run / "args.json").write_text(json.dumps(about))
+    edit_args(run, lambda args: args.update(s5_width=32))
 
 
 def drop_a_flag(run):
     """As a version without it would have left the run."""
-    about = json.loads((run / "args.json").read_text())
-    del about["args"]["s5_gain"]
-    (run / "args.json").write_text(json.dumps(about))
+    edit_args(run, lambda args: args.pop("s5_gain"))
 
 
 def break_args_json(run):
