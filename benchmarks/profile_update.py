@@ -150,15 +150,13 @@ def acting_parts(setup: ppo.Setup, runner: ppo.Runner, rollout: ppo.Rollout, h: 
     def environment(runner, inputs):
         """With the actions of the rollout; the input of the network is put together, too."""
 
-        def step(carry, inputs):
-            state, obs = carry
+        def step(runner, inputs):
             action, key = inputs
-            env = ppo.step_envs(setup, key, state, obs, action)
-            start = (env.terminated | env.truncated).astype(jnp.float32)
-            obs = ppo.agent_input(env.next_obs, action, start, network.num_actions)
-            return (env.state, obs), (obs, env.reward, start)
+            env = ppo.step_envs(setup, key, runner.env_state, runner.obs, action)
+            runner, _ = ppo.advance(setup, runner, action, env)
+            return runner, (runner.obs, env.reward, runner.start)
 
-        return lax.scan(step, (runner.env_state, runner.obs), inputs)
+        return lax.scan(step, runner, inputs)
 
     policy, _ = jax.jit(over_time(decode))(runner.params, (h, rollout.obs))
     return [
