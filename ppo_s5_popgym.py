@@ -1095,15 +1095,17 @@ def placement(setup: Setup) -> Runner:
 
 
 def init_runners(setup: Setup) -> Runner:
-    """Runners of all seeds."""
-    seeds = setup.args.seed + jnp.arange(setup.args.num_seeds, dtype=jnp.int32)
+    """Runners of all seeds, not staggered where a checkpoint takes their place."""
+    args = setup.args
+    seeds = args.seed + jnp.arange(args.num_seeds, dtype=jnp.int32)
     keys = jax.vmap(jax.random.PRNGKey)(seeds)
+    from_checkpoint = args.resume or args.eval or args.watch
 
     def init_staggered(key):
         runner = init_runner(setup, key)
-        return stagger(setup, runner) if setup.args.stagger_steps else runner
+        return stagger(setup, runner) if args.stagger_steps and not from_checkpoint else runner
 
-    init = partial(for_each_seed, setup.args, init_staggered)
+    init = partial(for_each_seed, args, init_staggered)
     return jax.jit(init, out_shardings=placement(setup))(keys)
 
 

@@ -107,6 +107,13 @@ def keep_rows(table: Path, rows: Sequence[dict[str, Any]], same: Sequence[str]) 
             writer.writerows([*kept, *rows])
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without a last line break."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    return "\n".join(lines)
+
+
 def print_row(row: dict[str, Any]) -> None:
     words = [f"{name} {value}" for name, value in row.items()]
     print(", ".join(words), flush=True)

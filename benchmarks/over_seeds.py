@@ -23,7 +23,7 @@ from rliable import library, metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.collect import read_rows  # noqa: E402
+from benchmarks.collect import markdown, read_rows  # noqa: E402
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -97,7 +97,7 @@ def table(rows: Sequence[dict[str, Any]], same: Sequence[str], figures: Sequence
     for row in rows:
         kinds.setdefault(tuple(str(row[name]) for name in same), []).append(row)
     head = [*same, "figure", "seeds", "mean ± standard error", "interquartile mean", "95 % interval"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for kind, own in kinds.items():
         for figure in figures:
             scores = matrix(own, figure, task)
@@ -111,8 +111,8 @@ def table(rows: Sequence[dict[str, Any]], same: Sequence[str], figures: Sequence
                     f"{found.iqm:.4g}",
                     f"{found.low:.4g} to {found.high:.4g}",
                 ]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                lines.append(cells)
+    return markdown(head, lines)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from benchmarks.collect import (  # noqa: E402
     finished_run,
     in_lanes,
     keep_rows,
+    markdown,
     parse_args,
     print_row,
     read_rows,
@@ -135,7 +136,7 @@ def table(grid: Grid) -> str:
     columns = ["task", "random", *grid.archs, "limit"]
     columns += [f"{arch}, normalised" for arch in grid.archs]
     columns += [f"{arch}, MMER normalised" for arch in grid.archs]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for env in grid.envs:
         random_mean, limit = limits()[env]
         line = [env, f"{random_mean:.3f}"]
@@ -145,8 +146,7 @@ def table(grid: Grid) -> str:
         line += [in_words(grid.of_seeds(env, arch, "best_normalised"), 2) for arch in grid.archs]
         lines.append(line)
     scores = [f"{arch}: {grid.mean(arch)}" for arch in grid.archs]
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*rows, "", "Mean normalised score: " + "; ".join(scores)]) + "\n"
+    return f"{markdown(columns, lines)}\n\nMean normalised score: {'; '.join(scores)}\n"
 
 
 def draw(grid: Grid, picture: Path) -> None:

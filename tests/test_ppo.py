@@ -125,6 +125,14 @@ def test_staggered_environments_begin_at_times_of_their_own():
         assert ends.max() == at_once or runner is staggered
 
 
+@pytest.mark.parametrize("flag", ["resume", "eval", "watch"])
+def test_nothing_is_staggered_that_a_checkpoint_replaces(flag, monkeypatch):
+    setup = short_cartpole(arch="mlp", stagger_steps=5, **{flag: "somewhere"})
+    monkeypatch.setattr(ppo, "stagger", None)
+    shapes = jax.eval_shape(lambda: ppo.init_runners(setup))
+    assert shapes.obs.shape[:2] == (1, setup.args.num_envs)
+
+
 def test_gain_scales_states_and_leaves_what_the_layer_does_at_first():
     """B_bar against zero-order hold by its formula; the same outputs with gain and without, of larger states."""
     states, outputs = {}, {}

@@ -35,7 +35,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ppo_s5_popgym as ppo
-from benchmarks.collect import ROOT
+from benchmarks.collect import ROOT, markdown
 from benchmarks.ppo_throughput import TINY
 from benchmarks.timing import machine, print_table, save_json
 
@@ -327,18 +327,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def save(out: Path, rows: list[dict[str, Any]], record: dict[str, Any]) -> None:
     """After every comparison, so that a run that is stopped leaves what it has."""
     with (out / "speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (out / "speed.md").write_text(markdown(HEADER, [cells(row) for row in rows]))
+    (out / "speed.md").write_text(markdown(HEADER, [cells(row) for row in rows]) + "\n")
     save_json(str(out / "speed.json"), record)
 
 
