@@ -507,8 +507,17 @@ class Attention(Memory):
         time = line[W:]
         own_start = jnp.where(start > 0, time, W - length[:, None])
         opened = lax.cummax(own_start, axis=1)  # (B, T), where on the line the step's episode began
-        age = time[:, None] - line
-        mask = (age >= 0) & (age < W) & (line >= opened[..., None])  # (B, T, W + T)
+
+        # M blocks of L steps; all that a block sees are the W + L on the line up to its last step
+        L = max(size for size in range(1, min(T, W) + 1) if T % size == 0)
+        M = T // L
+        near = L * jnp.arange(M, dtype=jnp.int32)[:, None] + line[: W + L]  # (M, W + L)
+        age = time.reshape(M, L, 1) - near[:, None]
+        mask = (age >= 0) & (age < W) & (near[:, None] >= opened.reshape(B, M, L, 1))  # (B, M, L, W + L)
+
+        def blocks(of_line):  # (B, W + T, heads, .) -> (B M, W + L, heads, .)
+            return of_line[:, near].reshape(B * M, W + L, self.heads, -1)
+
         cache = []
         for i, (old_keys, old_values) in enumerate(old_cache):
             q, k, v = jnp.split(self.qkv[i](self.norms[2 * i](x)), 3, axis=-1)
@@ -516,10 +525,10 @@ class Attention(Memory):
             v = jnp.concatenate([old_values, v], axis=1)
             cache.append((k[:, T:], v[:, T:]))
             y = jax.nn.dot_product_attention(
-                self.rotate(q, time),
-                self.rotate(k, line),
-                v.reshape(B, W + T, self.heads, -1),
-                mask=mask[:, None],
+                self.rotate(q, time).reshape(B * M, L, self.heads, -1),
+                blocks(self.rotate(k, line)),
+                blocks(v),
+                mask=mask.reshape(B * M, 1, L, W + L),
             )
             x = x + self.mix[i](y.reshape(x.shape))
             x = x + self.down[i](nn.gelu(self.up[i](self.norms[2 * i + 1](x))))
