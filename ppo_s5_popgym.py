@@ -110,8 +110,8 @@ class EnvironmentFlags:
     normalize_rewards: bool = True
     """divide rewards by the running root mean square of the discounted return"""
 
-    bootstrap_truncated: bool = True
-    """value a time limit by its final observation; off: it counts as a termination"""
+    bootstrap_truncated: bool = False
+    """value a time limit by its final observation, as if the task went on; off: it ends the task"""
 
     stagger_steps: int = 1024
     """before training act at random for fewer steps than this, each environment for a number of its own"""
@@ -306,7 +306,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage_norm": "minibatch",
         "gae_lambda": 1.0,
         "normalize_rewards": False,
-        "bootstrap_truncated": False,
         "stagger_steps": 0,
         "decoder_layers": (128, 128),
         "s5_layers": 4,
@@ -697,7 +696,7 @@ class Rollout(NamedTuple):
     reward: Array
     terminated: Array
     truncated: Array
-    final_value: Array  # V(final observation) where truncated, else 0
+    final_value: Array  # with --bootstrap-truncated V(final observation) where truncated, else 0
     so_far: dict[str, Array]  # as in Runner, this step included
     trial_failed: Array | None = None  # None where the environment has no trials
     hidden: Array | None = None  # (T, B, K), what --aux-coef lets the learner see, else None
@@ -707,7 +706,8 @@ class Rollout(NamedTuple):
 def compute_gae(args: Args, rollout: Rollout, reward: Array, last_value: Array) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016) with time limits (Pardo et al. 2018).
 
-    V'_t    = 0 if terminated, V(final observation) if truncated, else V_{t+1}
+    V'_t    = 0 if the episode ended, else V_{t+1};
+              with --bootstrap-truncated V(final observation) if it was truncated
     delta_t = r_t + gamma c_t V'_t - V_t
     A_t     = delta_t + gamma lambda c_t (1 - done_t) A_{t+1},    done = terminated or truncated
 
