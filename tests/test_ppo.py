@@ -30,7 +30,7 @@ def short_cartpole(time_limit=12, **flags):
 @pytest.fixture(scope="module")
 def cartpole():
     """A setup, its second runner and the rollout that follows: episodes are under way at its first step."""
-    setup = short_cartpole()
+    setup = short_cartpole(bootstrap_truncated=True)
     collect = fast_jit(ppo.collect_rollout, setup)
     runner, _, _ = collect(fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)))
     later, rollout, last_value = collect(runner)
@@ -184,8 +184,8 @@ def test_truncated_steps_store_the_value_of_the_final_observation(cartpole):
     assert checked >= 5
 
 
-def test_time_limits_are_not_valued_when_the_bootstrap_is_off():
-    setup = short_cartpole(bootstrap_truncated=False, num_envs=8, num_steps=30, arch="mlp")
+def test_time_limits_are_not_valued_by_default():
+    setup = short_cartpole(num_envs=8, num_steps=30, arch="mlp")
     _, rollout, _ = fast_jit(ppo.collect_rollout, setup)(fast_jit(ppo.init_runner, setup)(jax.random.PRNGKey(0)))
     assert rollout.truncated.sum() > 5 and np.all(np.asarray(rollout.final_value) == 0)
 
