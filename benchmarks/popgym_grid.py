@@ -151,7 +151,7 @@ def table(grid: Grid) -> str:
 
 def draw(grid: Grid, picture: Path) -> None:
     """A group of bars for each task, one for each memory."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(grid.envs))
     width = 0.8 / len(grid.archs)
@@ -162,9 +162,9 @@ def draw(grid: Grid, picture: Path) -> None:
         axes.bar(places + shift, means, width, yerr=errors, label=arch)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axhline(1, color="grey", linestyle=":")
-    axes.set(ylabel="0: random actions, 1: limit", xlim=(-0.6, len(grid.envs) - 0.4))
+    axes.set(ylabel="normalised score", xlim=(-0.6, len(grid.envs) - 0.4))
     axes.set_xticks(places, grid.envs, rotation=90, fontsize="small")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     figure.savefig(picture, dpi=150)
 
 
