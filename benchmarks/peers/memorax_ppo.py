@@ -119,7 +119,7 @@ def make_agent(settings: dict[str, Any]) -> PPO:
 def main() -> None:
     worker = Worker()
     agent = make_agent(worker.settings)
-    learner = agent.init(jax.random.key(0))
+    learner = PPO.init.__wrapped__(agent, jax.random.key(0))  # as one program it takes minutes to compile
 
     steps = agent.cfg.batch_size  # one update in a call, like ours
     began = time.perf_counter()
