@@ -1,6 +1,6 @@
 """Ours beside its peers: PPO and layers, in one command and one run.
 
-    python benchmarks/peers/run.py                         # about an hour on 2 idle CPU cores
+    python benchmarks/peers/run.py                         # up to an hour on 2 idle CPU cores
     python benchmarks/peers/run.py --quick --peers memax   # tiny sizes: only shows that it works
 
 Every peer gets a virtual environment of its own in --out, with the versions of PEER.txt beside this
